@@ -1,0 +1,131 @@
+#include "cpu/parallel.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace hotgraft::cpu {
+namespace {
+
+struct Job {
+    std::int64_t n, grain;
+    int workers;
+    const std::function<void(std::int64_t, std::int64_t, int)>* body;
+    std::atomic<std::int64_t> next{0};
+    std::atomic<std::int64_t> done{0};   // items finished
+    std::atomic<int> joined{1};          // workers that took part; the caller is worker 0
+    std::mutex mutex;
+    std::exception_ptr error;            // the first one thrown in a piece
+
+    void work(int worker) {
+        for (;;) {
+            const std::int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+            if (begin >= n) return;
+            const std::int64_t end = std::min(n, begin + grain);
+            try {
+                (*body)(begin, end, worker);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(mutex);
+                if (!error) error = std::current_exception();
+            }
+            done.fetch_add(end - begin, std::memory_order_release);
+        }
+    }
+};
+
+// Threads sleep until a job is posted, help until it is out of pieces, and sleep again. The caller
+// never waits for a thread to wake: whoever comes late finds less to do.
+class Pool {
+  public:
+    void run(const std::shared_ptr<Job>& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (static_cast<int>(threads_) < job->workers - 1) {
+                std::thread([this] { serve(); }).detach();
+                ++threads_;
+            }
+            job_ = job;
+            ++generation_;
+        }
+        wake_.notify_all();
+        job->work(0);
+        // What is left is at most one piece in each other thread.
+        while (job->done.load(std::memory_order_acquire) < job->n) std::this_thread::yield();
+        if (job->error) std::rethrow_exception(job->error);
+    }
+
+  private:
+    void serve() {
+        std::uint64_t seen = 0;
+        for (;;) {
+            std::shared_ptr<Job> job;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return generation_ != seen; });
+                seen = generation_;
+                job = job_;
+            }
+            const int worker = job->joined.fetch_add(1, std::memory_order_relaxed);
+            if (worker < job->workers) job->work(worker);
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::shared_ptr<Job> job_;
+    std::uint64_t generation_ = 0;
+    std::size_t threads_ = 0;
+};
+
+// Never destroyed: its threads are detached and may outlive static destructors. A forked child has
+// none of them, so it starts a new pool.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& the_pool() {
+    static const bool registered = [] {
+        pool = new Pool;
+        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+        return true;
+    }();
+    (void)registered;
+    return *pool.load();
+}
+
+}  // namespace
+
+int max_workers() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+    return std::max(1, CPU_COUNT(&set));
+}
+
+void parallel_for(std::int64_t n, std::int64_t grain, int workers,
+                  const std::function<void(std::int64_t, std::int64_t, int)>& body) {
+    if (n <= 0) return;
+    grain = std::max<std::int64_t>(grain, 1);
+    const std::int64_t pieces = (n - 1) / grain + 1;
+    workers = static_cast<int>(std::min<std::int64_t>(pieces, std::max(workers, 1)));
+    if (workers == 1) {
+        for (std::int64_t begin = 0; begin < n; begin += grain) {
+            body(begin, std::min(n, begin + grain), 0);
+        }
+        return;
+    }
+    auto job = std::make_shared<Job>();
+    job->n = n;
+    job->grain = grain;
+    job->workers = workers;
+    job->body = &body;
+    the_pool().run(job);
+}
+
+}  // namespace hotgraft::cpu

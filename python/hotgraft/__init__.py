@@ -1,0 +1,30 @@
+"""hotgraft: version control for live weights.
+
+A graft is a small, checkable, reversible patch to a model. `diff` finds one, `Graft.save` and
+`Graft.load` keep it, `compose` joins several, and `attach` makes a running model a host that takes
+them in and gives them back bit for bit, in time proportional to the patch.
+"""
+
+from hotgraft.composition import Overlap, compose, overlap
+from hotgraft.difference import diff
+from hotgraft.format import Provenance
+from hotgraft.graft import Entries, Graft, Mask
+from hotgraft.host import Host, Skill, attach
+from hotgraft.kernels import available as available_backends
+from hotgraft.weights import fingerprint
+
+__all__ = [
+    "Entries",
+    "Graft",
+    "Host",
+    "Mask",
+    "Overlap",
+    "Provenance",
+    "Skill",
+    "attach",
+    "available_backends",
+    "compose",
+    "diff",
+    "fingerprint",
+    "overlap",
+]

@@ -1,0 +1,56 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+COUNTS_WIDTH: int
+COMPILER: str
+CUDA: str | None
+
+class Table:
+    def __init__(
+        self, segments: npt.NDArray[np.int64], positions: npt.NDArray[np.int32], item_size: int
+    ) -> None: ...
+    @property
+    def n_entries(self) -> int: ...
+    @property
+    def n_segments(self) -> int: ...
+    @property
+    def item_size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def gather(table: Table, values: npt.NDArray[Any], workers: int = 0) -> None: ...
+def scatter(table: Table, values: npt.NDArray[Any], workers: int = 0) -> None: ...
+def compare(table: Table, values: npt.NDArray[Any], workers: int = 0) -> tuple[int, int]: ...
+def difference(
+    a: int, b: int, n: int, item_size: int, workers: int = 0
+) -> npt.NDArray[np.int32]: ...
+def count_scores(
+    type: int,
+    a: int,
+    b: int,
+    n: int,
+    shift: int,
+    prefix: int,
+    k: int,
+    counts: npt.NDArray[np.int64],
+    isa: int = 0,
+) -> int: ...
+def collect(
+    type: int, a: int, b: int, n: int, lowest: int, ties: int, workers: int = 0, isa: int = 0
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]: ...
+def merge(
+    sources: Sequence[tuple[Any, ...]],
+    ranges: npt.NDArray[np.int64],
+    type: int,
+    policy: int,
+    order: npt.NDArray[np.int64],
+    workers: int = 0,
+) -> tuple[Any, ...]: ...
+def round(
+    from_type: int, values: npt.NDArray[Any], to_type: int
+) -> tuple[npt.NDArray[Any], int]: ...
+def max_workers() -> int: ...
+def isa_runs_here(isa: int) -> bool: ...

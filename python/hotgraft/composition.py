@@ -1,0 +1,258 @@
+"""compose, overlap and rebase: grafts with one another and with another base."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hotgraft import kernels
+from hotgraft.errors import (
+    BaseMismatchError,
+    CoverageError,
+    GraftError,
+    NonFiniteError,
+    OverlapError,
+)
+from hotgraft.format import DTYPES, Group, Provenance, Row
+from hotgraft.graft import Graft, Mask, bit_view
+from hotgraft.kernels import POLICIES, Merged, Source
+from hotgraft.weights import Weights, open_weights, sample
+
+
+def compose(
+    grafts: Sequence[Graft],
+    policy: str = "refuse",
+    weights: Sequence[float] | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    ids: Sequence[str] | None = None,
+    backend: str | None = None,
+) -> Graft:
+    """One graft that does what several do together; `docs/design.md` defines the policies.
+
+    Args:
+        grafts: at least one; all made against the same base bits where they meet.
+        policy: `refuse` (an error where they disagree), `priority` (the last one named wins),
+            `sum`, `mean`, or `sign` (TIES: the mean of the differences that agree with the sign of
+            their sum).
+        weights: a finite number a graft, 1.0 by default. At weight 1 an uncontested entry is copied
+            bit for bit.
+        labels: what to call the grafts in messages.
+        ids: the ids that order sums, where they are not the grafts' own.
+        backend: a backend's name, to run it and no other.
+
+    Raises:
+        OverlapError: under `refuse`, with the number of disagreements for each pair.
+        BaseMismatchError: the grafts hold different old bits, shapes or dtypes.
+        NonFiniteError: a value overflows.
+        GraftError: unknown policy, bad weights, or arithmetic on a type that has none.
+
+    Example:
+        >>> from hotgraft.graft import Entries
+        >>> def one(value):
+        ...     return Graft.from_entries({"w": Entries(torch.tensor([1]), torch.tensor([value]),
+        ...                                             torch.tensor([1.0]), (4,))})
+        >>> compose([one(3.0), one(4.0)], policy="sum")["w"].new.tolist()
+        [6.0]
+    """
+    given = list(weights) if weights is not None else [1.0] * len(grafts)
+    labels = list(labels) if labels is not None else [f"graft {i}" for i in range(len(grafts))]
+    _check_arguments(grafts, policy, given)
+    # Sums run in the order of ids, so they do not depend on the order of the arguments.
+    keys = [graft.id for graft in grafts] if ids is None else list(ids)
+    order = sorted(range(len(grafts)), key=lambda i: (keys[i], i))
+    ordered = [grafts[i] for i in order]
+    names = [labels[i] for i in order]
+    _check_agreement(ordered, names, policy, [given[i] for i in order])
+
+    runner = kernels.resolve(backend)
+    rows: list[Row] = []
+    groups = {}
+    for dtype in sorted({row.dtype for graft in ordered for row in graft.rows}):
+        places, ranges = _ranges(ordered, dtype)
+        empty = Group(*(np.empty(0, t) for t in (np.int32, *[DTYPES[dtype].bits] * 2)))
+        sources = [
+            Source(*graft.groups.get(dtype, empty), given[i])
+            for i, graft in zip(order, ordered, strict=True)
+        ]
+        merged = runner.merge(sources, ranges, DTYPES[dtype], policy, order)
+        _check_merged(merged, names, places)
+        firsts = np.cumsum(merged.counts) - merged.counts
+        for (name, block), first, count in zip(
+            places, firsts.tolist(), merged.counts.tolist(), strict=True
+        ):
+            shape = next(g.shapes[name] for g in ordered if name in g.shapes)
+            rows.append(Row(name, shape, dtype, block, first, count))
+        groups[dtype] = Group(merged.positions, merged.new, merged.old)
+    rows.sort(key=lambda row: (row.name, row.block))
+    return Graft(rows, groups, _provenance(ordered))
+
+
+def _check_arguments(grafts: Sequence[Graft], policy: str, weights: Sequence[float]) -> None:
+    if not grafts:
+        raise GraftError("nothing to compose: give at least one graft")
+    if policy not in POLICIES:
+        raise GraftError(f"unknown policy {policy!r}; known are {', '.join(POLICIES)}")
+    if len(weights) != len(grafts):
+        raise GraftError(f"{len(weights)} weights for {len(grafts)} grafts")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise GraftError(f"weight {weight} is not finite")
+
+
+def _check_agreement(
+    grafts: Sequence[Graft], labels: Sequence[str], policy: str, weights: Sequence[float]
+) -> None:
+    seen: dict[str, tuple[Row, str]] = {}
+    for graft, label, weight in zip(grafts, labels, weights, strict=True):
+        for row in graft.rows:
+            first, other = seen.setdefault(row.name, (row, label))
+            if (row.shape, row.dtype) != (first.shape, first.dtype):
+                raise BaseMismatchError(
+                    f"{row.name!r} is {first.dtype} {list(first.shape)} in {other} and {row.dtype} "
+                    f"{list(row.shape)} in {label}: they were made against different bases"
+                )
+            copies = policy in {"refuse", "priority"} and weight == 1
+            if (
+                not copies
+                and not DTYPES[row.dtype].has_arithmetic
+                and (len(grafts), weight) != (1, 1)
+            ):
+                raise GraftError(
+                    f"{row.name!r} is {row.dtype}, which knows no arithmetic: policy {policy!r} at "
+                    f"weight {weight} cannot be had; refuse and priority at weight 1 can"
+                )
+
+
+def _ranges(
+    grafts: Sequence[Graft], dtype: str
+) -> tuple[list[tuple[str, int]], npt.NDArray[np.int64]]:
+    """The (name, block) of the union's rows, and where each lies in each graft."""
+    found = [{(r.name, r.block): r for r in graft.rows if r.dtype == dtype} for graft in grafts]
+    places = sorted(set(itertools.chain(*found)))
+    ranges = np.zeros((len(places), len(grafts), 2), np.int64)
+    for i, place in enumerate(places):
+        for j, rows in enumerate(found):
+            if place in rows:
+                ranges[i, j] = rows[place].first, rows[place].count
+    return places, ranges
+
+
+def _check_merged(merged: Merged, labels: Sequence[str], places: list[tuple[str, int]]) -> None:
+    def where(place: tuple[int, int] | None) -> str:
+        assert place is not None
+        name, block = places[place[0]]
+        return f"{name!r}, position {block + place[1]}"
+
+    if merged.base_mismatches:
+        raise BaseMismatchError(
+            f"the grafts hold different old bits on {merged.base_mismatches} shared entries, first "
+            f"{where(merged.first_base_mismatch)}: they were made against different bases; rebase "
+            "one of them"
+        )
+    if merged.conflicts.any():
+        pairs = ", ".join(
+            f"{labels[i]} and {labels[j]} on {merged.conflicts[i, j]}"
+            for i, j in zip(*np.nonzero(merged.conflicts), strict=True)
+        )
+        raise OverlapError(
+            f"grafts disagree on shared entries ({pairs}) and the policy is 'refuse'; choose "
+            "priority, sum, mean or sign"
+        )
+    if merged.overflows:
+        raise NonFiniteError(
+            f"{merged.overflows} composed values are not finite, first "
+            f"{where(merged.first_overflow)}; use smaller weights"
+        )
+
+
+def _provenance(grafts: Sequence[Graft]) -> Provenance:
+    scopes = {(g.provenance.scope, g.provenance.eligible) for g in grafts}
+    bases = {g.provenance.base_id for g in grafts}
+    scope, eligible = scopes.pop() if len(scopes) == 1 else ("covered", 0)
+    return Provenance(bases.pop() if len(bases) == 1 else None, scope, eligible, "composed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """How much k masks share. All arrays are [k, k] in the order given."""
+
+    counts: npt.NDArray[np.int64]
+    """Entries in both; the diagonal is each mask's size."""
+    jaccard: npt.NDArray[np.float64]
+    """Entries in both over entries in either."""
+    share: npt.NDArray[np.float64]
+    """share[i, j]: the part of mask j that lies in mask i."""
+
+
+def overlap(masks: Iterable[Graft | Mask]) -> Overlap:
+    """How much grafts (or masks) share, pair by pair.
+
+    Raises:
+        GraftError: a tensor has different shapes in two of them.
+
+    Example:
+        >>> a, b = Mask({"w": ((9,), [0, 1])}), Mask({"w": ((9,), [1, 2, 3, 4])})
+        >>> overlap([a, b]).counts.tolist(), overlap([a, b]).share[0, 1].item()
+        ([[2, 1], [1, 4]], 0.25)
+    """
+    every = [m.mask if isinstance(m, Graft) else m for m in masks]
+    counts = np.array([[(a & b).nnz for b in every] for a in every], np.int64)
+    counts = counts.reshape(len(every), len(every))
+    sizes = np.diagonal(counts)
+    either = sizes[:, None] + sizes[None, :] - counts
+    return Overlap(
+        counts,
+        counts / np.maximum(either, 1),
+        counts / np.maximum(sizes[None, :], 1),
+    )
+
+
+def rebase(graft: Graft, other_base: Weights, mode: str = "difference") -> Graft:
+    """See `Graft.rebase`."""
+    if mode not in {"difference", "replacement"}:
+        raise GraftError(f"unknown mode {mode!r}; known are difference, replacement")
+    runner = kernels.resolve()
+    parts: dict[str, list[Group]] = {dtype: [] for dtype in graft.groups}
+    with open_weights(other_base) as checkpoint:
+        missing = set(graft.names) - set(checkpoint.specs)
+        if missing:
+            raise CoverageError(f"the other base lacks {sample(missing)}, which the graft touches")
+        for row in graft.rows:
+            shape, dtype = checkpoint.specs[row.name]
+            if (shape, dtype.name) != (row.shape, row.dtype):
+                raise BaseMismatchError(
+                    f"{row.name!r} is {row.dtype} {list(row.shape)} in the graft and {dtype.name} "
+                    f"{list(shape)} in the other base"
+                )
+            positions, new, old = graft.arrays(row)
+            there = bit_view(checkpoint.tensor(row.name))[row.block :][positions]
+            moved = np.flatnonzero(there != old)
+            if mode == "difference" and len(moved):
+                if not dtype.has_arithmetic:
+                    raise GraftError(
+                        f"{row.name!r} is {row.dtype}, which knows no arithmetic, and the bases "
+                        "differ there; use mode='replacement'"
+                    )
+                changed, there_changed, before = (
+                    torch.from_numpy(a[moved]).view(dtype.torch).double() for a in (new, there, old)
+                )
+                exact = bit_view(there_changed + (changed - before))
+                rounded, overflows = runner.round(exact, DTYPES["F64"], dtype)
+                if overflows or not bool((there_changed + (changed - before)).isfinite().all()):
+                    raise NonFiniteError(f"{row.name!r}: a rebased value is not finite")
+                new = new.copy()
+                new[moved] = rounded
+            parts[row.dtype].append(Group(positions, new, there))
+    groups = {
+        dtype: Group(*(np.concatenate(column) for column in zip(*arrays, strict=True)))
+        for dtype, arrays in parts.items()
+    }
+    kept = {**vars(graft.provenance), "base_id": None, "method": "rebased", "creator": ""}
+    return Graft(graft.rows, groups, Provenance(**kept))

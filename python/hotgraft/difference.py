@@ -1,0 +1,211 @@
+"""diff: the graft that leads from one model to another, exact or its largest changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from math import floor, prod
+
+import numpy as np
+
+from hotgraft import kernels
+from hotgraft.errors import BaseMismatchError, CoverageError, GraftError, NonFiniteError
+from hotgraft.format import BLOCK, Group, Positions, Provenance, Row, blocks
+from hotgraft.graft import Graft, Mask, bit_view
+from hotgraft.kernels import Pair
+from hotgraft.scope import Scope, in_scope
+from hotgraft.weights import Checkpoint, Weights, open_weights, sample
+
+Progress = Callable[[int, int], None]
+"""Called with the elements compared so far and in all."""
+
+
+class _Pairs:
+    """The blocks of two checkpoints' tensors, opened anew at each pass, sorted by name."""
+
+    def __init__(self, base: Checkpoint, finetuned: Checkpoint, names: list[str]) -> None:
+        self._base, self._finetuned, self._names = base, finetuned, names
+        self.places = [
+            (name, block) for name in names for block, _ in blocks(prod(base.specs[name].shape))
+        ]
+
+    def __iter__(self) -> Iterator[Pair]:
+        for name in self._names:
+            left, right = self._base.tensor(name), self._finetuned.tensor(name)
+            for block, size in blocks(len(left)):
+                end = block + size
+                yield Pair(left[block:end], right[block:end], self._base.specs[name].dtype)
+
+
+def diff(
+    base: Weights,
+    finetuned: Weights,
+    *,
+    density: float | None = None,
+    count: int | None = None,
+    scope: Scope = "all",
+    base_id: str | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> Graft:
+    """The graft that turns `base` into `finetuned`, or carries the largest part of the change.
+
+    Args:
+        base, finetuned: modules, state dicts, `.safetensors` files or checkpoint folders. Files are
+            mapped and streamed tensor by tensor.
+        density: keep floor(density x eligible) entries of the largest |difference|.
+        count: keep that many instead. With neither, the exact difference: every entry whose bits
+            differ.
+        scope: which tensors are eligible: `all`, `encoder`, `linear` or a function of name and
+            shape; its size is the density's denominator and is stored.
+        base_id: the base's `fingerprint`, to be stored.
+        backend: a backend's name, to run it and no other.
+        progress: called with elements done and in all.
+
+    Ties go to the earlier name, then the lower position. When fewer entries differ than were asked
+    for, all of them are kept. The |difference| is taken in float for 8- and 16-bit types, in double
+    for the others.
+
+    Raises:
+        GraftError: the density is not in (0, 1], rounds to no entry, or nothing differs.
+        BaseMismatchError: shapes or dtypes differ.
+        CoverageError: a tensor in scope is missing on one side.
+        NonFiniteError: a difference is NaN, so there is no largest one.
+
+    Example:
+        >>> import torch
+        >>> a, b = {"w": torch.tensor([1.0, 2.0, 3.0])}, {"w": torch.tensor([1.0, 2.5, 9.0])}
+        >>> diff(a, b)["w"].indices.tolist(), diff(a, b, count=1)["w"].indices.tolist()
+        ([1, 2], [2])
+    """
+    with open_weights(base) as left, open_weights(finetuned) as right:
+        label, names = in_scope(left.specs, scope)
+        _check_same(left, right, names, scope)
+        eligible = sum(prod(left.specs[name].shape) for name in names)
+        k = _entries_wanted(density, count, eligible, label)
+        runner = kernels.resolve(backend)
+        pairs = _Pairs(left, right, names)
+        try:
+            chosen = None if k is None else iter(runner.select(pairs, k))
+        except kernels.NanDifferenceError as error:
+            index, position = error.args
+            name, block = pairs.places[index]
+            raise NonFiniteError(
+                f"{name!r}, position {block + position}: the difference is NaN, so entries cannot "
+                "be ranked; take the exact difference (no density) or mend the checkpoint"
+            ) from error
+        parts = _Parts()
+        done = 0
+        for (name, block), pair in zip(pairs.places, pairs, strict=True):
+            positions = runner.select([pair], None)[0] if chosen is None else next(chosen)
+            parts.add(name, left.specs[name].shape, block, pair, positions)
+            done += len(pair.base)
+            if progress is not None:
+                progress(done, eligible)
+    method = "exact" if k is None else "magnitude"
+    if not parts.rows:
+        raise GraftError(
+            f"the two models are bit for bit equal in scope {label!r}: nothing to graft"
+        )
+    return parts.graft(Provenance(base_id, label, eligible, method))
+
+
+def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
+    """See `Graft.from_mask`."""
+    if not mask.nnz:
+        raise GraftError("the mask is empty: a graft needs at least one entry")
+    with open_weights(base) as left, open_weights(finetuned) as right:
+        names = list(mask)
+        missing = set(names) - set(left.specs)
+        if missing:
+            raise CoverageError(f"the base lacks {sample(missing)}, which the mask names")
+        _check_same(left, right, names, "mask")
+        for name in names:
+            if mask.shape(name) != left.specs[name].shape:
+                raise BaseMismatchError(
+                    f"{name!r} has shape {list(left.specs[name].shape)} in the base and "
+                    f"{list(mask.shape(name))} in the mask"
+                )
+        parts = _Parts()
+        pairs = _Pairs(left, right, names)
+        for (name, block), pair in zip(pairs.places, pairs, strict=True):
+            indices = mask[name]
+            inside = indices[(indices >= block) & (indices < block + BLOCK)] - block
+            parts.add(name, left.specs[name].shape, block, pair, inside.astype(np.int32))
+        eligible = sum(prod(spec.shape) for spec in left.specs.values())
+        return parts.graft(Provenance(scope="all", eligible=eligible, method="given mask"))
+
+
+class _Parts:
+    """Collects a graft tensor by tensor."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._arrays: dict[str, list[Group]] = {}
+        self._filled: dict[str, int] = {}
+
+    def add(
+        self, name: str, shape: tuple[int, ...], block: int, pair: Pair, positions: Positions
+    ) -> None:
+        if not len(positions):
+            return
+        dtype = pair.dtype.name
+        first = self._filled.get(dtype, 0)
+        self.rows.append(Row(name, shape, dtype, block, first, len(positions)))
+        self._filled[dtype] = first + len(positions)
+        new, old = (bit_view(tensor)[positions] for tensor in (pair.finetuned, pair.base))
+        self._arrays.setdefault(dtype, []).append(Group(positions, new, old))
+
+    def graft(self, provenance: Provenance) -> Graft:
+        groups = {
+            dtype: Group(*(np.concatenate(column) for column in zip(*arrays, strict=True)))
+            for dtype, arrays in self._arrays.items()
+        }
+        return Graft(self.rows, groups, provenance)
+
+
+def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], scope: Scope) -> None:
+    missing = set(names) - set(right.specs)
+    if missing:
+        raise CoverageError(
+            f"the fine-tuned model lacks {sample(missing)}, which the base has in scope "
+            f"{scope!r}; name a scope without them, or rename them"
+        )
+    if scope == "all":
+        extra = set(right.specs) - set(left.specs)
+        if extra:
+            raise CoverageError(
+                f"the fine-tuned model has {sample(extra)}, which the base lacks; "
+                "scope='encoder' or a function of name and shape leaves them out"
+            )
+    for name in names:
+        if left.specs[name] != right.specs[name]:
+            (shape, dtype), (other_shape, other_dtype) = left.specs[name], right.specs[name]
+            raise BaseMismatchError(
+                f"{name!r} is {dtype.name} {list(shape)} in the base and {other_dtype.name} "
+                f"{list(other_shape)} in the fine-tuned model; convert one of them first"
+            )
+
+
+def _entries_wanted(
+    density: float | None, count: int | None, eligible: int, label: str
+) -> int | None:
+    if density is None and count is None:
+        return None
+    if density is not None and count is not None:
+        raise GraftError("give density or count, not both")
+    if count is not None:
+        if not 0 < count <= eligible:
+            raise GraftError(f"count {count} is not in [1, {eligible}], the eligible elements")
+        return count
+    assert density is not None
+    if not 0 < density <= 1:
+        raise GraftError(f"density {density} is not in (0, 1]")
+    # As it was written: 0.29 x 100 is 29, though the nearest doubles' product is below.
+    k = floor(Decimal(repr(float(density))) * eligible)
+    if k == 0:
+        raise GraftError(
+            f"density {density} of the {eligible} eligible elements (scope {label!r}) rounds to 0 "
+            f"entries; the smallest that keeps one is {1 / eligible:.3g}"
+        )
+    return k

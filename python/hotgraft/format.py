@@ -1,0 +1,406 @@
+"""The file `*.graft.safetensors`, version 1, and what every row and array in it must satisfy.
+
+`docs/format.md` is the specification. A file is read whole into private memory, then parsed and
+checked there, so a file that is rewritten or cut short meanwhile can fail a check but cannot
+change what was checked. safetensors does the header; nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from hotgraft.errors import FormatError, GraftError
+
+FORMAT = "hotgraft"
+VERSION = 1
+BLOCK = 2**31
+"""Elements a row covers at most: positions are int32, relative to the row's block."""
+
+Bits = npt.NDArray[Any]
+"""Raw bits of elements: uint8, uint16, uint32 or uint64."""
+Positions = npt.NDArray[np.int32]
+
+
+class DType(NamedTuple):
+    """An element type: its safetensors name, torch dtype, size, and code in csrc/core/value.h."""
+
+    name: str
+    torch: torch.dtype
+    item_size: int
+    code: int
+    has_arithmetic: bool
+    """Whether policies may add differences of it; the others are only moved."""
+    nonfinite: int = 0
+    """The bits that are all set in a NaN or infinity; 0 where the type has neither."""
+
+    @property
+    def bits(self) -> np.dtype[Any]:
+        """The numpy dtype that holds one element's bits."""
+        return np.dtype(f"u{self.item_size}")
+
+
+DTYPES: Mapping[str, DType] = {
+    d.name: d
+    for d in (
+        DType("BF16", torch.bfloat16, 2, 0, True, 0x7F80),
+        DType("F16", torch.float16, 2, 1, True, 0x7C00),
+        DType("F32", torch.float32, 4, 2, True, 0x7F80_0000),
+        DType("F64", torch.float64, 8, 3, True, 0x7FF0_0000_0000_0000),
+        DType("F8_E4M3", torch.float8_e4m3fn, 1, 4, False, 0x7F),
+        DType("F8_E5M2", torch.float8_e5m2, 1, 5, False, 0x7C),
+        DType("I8", torch.int8, 1, 6, False),
+        DType("I16", torch.int16, 2, 7, False),
+        DType("I32", torch.int32, 4, 8, False),
+        DType("I64", torch.int64, 8, 9, False),
+        DType("U8", torch.uint8, 1, 10, False),
+        DType("BOOL", torch.bool, 1, 10, False),
+        DType("U16", torch.uint16, 2, 11, False),
+        DType("U32", torch.uint32, 4, 12, False),
+        DType("U64", torch.uint64, 8, 13, False),
+    )
+}
+_BY_TORCH = {d.torch: d for d in DTYPES.values()}
+
+
+def dtype_of(tensor_dtype: torch.dtype, name: str) -> DType:
+    """The `DType` of a torch dtype; `name` is the tensor's, for the message.
+
+    Raises:
+        GraftError: the type is not one that grafts can hold (complex, packed, sub-byte).
+    """
+    try:
+        return _BY_TORCH[tensor_dtype]
+    except KeyError:
+        raise GraftError(
+            f"{name!r} has dtype {tensor_dtype}; a graft holds {', '.join(DTYPES)}"
+        ) from None
+
+
+class Row(NamedTuple):
+    """One tensor (or one block of 2^31 elements of it) in a graft."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    block: int
+    """Element offset of the row's block: a multiple of 2^31."""
+    first: int
+    """Index of the row's first entry in its dtype's flat arrays."""
+    count: int  # type: ignore[assignment]
+
+
+class Group(NamedTuple):
+    """The flat arrays of one dtype, all of the same length, read-only."""
+
+    positions: Positions
+    new: Bits
+    old: Bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a graft comes from. It is not part of the graft's id.
+
+    Example:
+        >>> Provenance(scope="encoder", eligible=10_646_784, method="magnitude").scope
+        'encoder'
+    """
+
+    base_id: str | None = None
+    """`hotgraft.fingerprint` of the base, where it is known."""
+    scope: str = "covered"
+    """Which tensors were eligible: `all`, `encoder`, `linear`, a predicate's name, or `covered`."""
+    eligible: int = 0
+    """Elements in that scope: the denominator of the density."""
+    method: str = "given"
+    """How the mask was found: `exact`, `magnitude`, `composed`, ..."""
+    creator: str = ""
+    """Name and version of the program that made it."""
+
+
+def creator() -> str:
+    """This package's name and version."""
+    try:
+        return f"hotgraft {version('hotgraft')}"
+    except PackageNotFoundError:
+        return "hotgraft"
+
+
+def blocks(count: int) -> Iterator[tuple[int, int]]:
+    """The (offset, size) of the blocks of a tensor of `count` elements.
+
+    Example:
+        >>> list(blocks(2**31 + 5))
+        [(0, 2147483648), (2147483648, 5)]
+    """
+    for start in range(0, count, BLOCK):
+        yield start, min(BLOCK, count - start)
+
+
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array itself, made read-only."""
+    array.setflags(write=False)
+    return array
+
+
+# ---- what must hold of rows and arrays --------------------------------------------------------
+
+
+def validate(rows: Sequence[Row], groups: Mapping[str, Group]) -> None:
+    """Check everything that the engine later relies on.
+
+    Raises:
+        GraftError: naming the tensor and the position that is wrong.
+    """
+    if not rows:
+        raise GraftError("the graft is empty: it needs at least one entry")
+    filled = dict.fromkeys(groups, 0)
+    for before, row in zip([None, *rows[:-1]], rows, strict=True):
+        _validate_row(row, before, groups, filled.get(row.dtype, -1))
+        filled[row.dtype] += row.count
+    for name, group in groups.items():
+        sizes = {len(group.positions), len(group.new), len(group.old)}
+        if sizes != {filled[name]} or not filled[name]:
+            raise GraftError(
+                f"{name}: the rows count {filled[name]} entries, but there are "
+                f"{len(group.positions)} positions, {len(group.new)} new and {len(group.old)} old"
+            )
+        _validate_positions([r for r in rows if r.dtype == name], group.positions)
+
+
+def _validate_row(row: Row, before: Row | None, groups: Mapping[str, Group], filled: int) -> None:
+    if row.dtype not in DTYPES:
+        raise GraftError(
+            f"{row.name!r}: unknown dtype {row.dtype!r}; known are {', '.join(DTYPES)}"
+        )
+    if row.dtype not in groups:
+        raise GraftError(f"{row.name!r} is of dtype {row.dtype}, but the graft has no such arrays")
+    if any(size <= 0 for size in row.shape) or prod(row.shape) >= 2**63:
+        raise GraftError(f"{row.name!r}: shape {list(row.shape)} is not a possible shape")
+    if row.block % BLOCK or not 0 <= row.block < prod(row.shape):
+        raise GraftError(f"{row.name!r}: block offset {row.block} is not one of its shape's blocks")
+    if row.count <= 0 or row.first != filled:
+        raise GraftError(
+            f"{row.name!r}: entries [{row.first}, {row.first} + {row.count}) do not follow the "
+            f"{max(filled, 0)} entries of the rows before it"
+        )
+    if before is not None and (before.name, before.block) >= (row.name, row.block):
+        raise GraftError(f"rows must be sorted and unique: {row.name!r} follows {before.name!r}")
+    if before is not None and before.name == row.name and before[:3] != row[:3]:
+        raise GraftError(f"{row.name!r}: its blocks disagree on shape or dtype")
+
+
+def _validate_positions(rows: Sequence[Row], positions: Positions) -> None:
+    starts = np.fromiter((r.first for r in rows), np.int64, len(rows))
+    ends = starts + np.fromiter((r.count for r in rows), np.int64, len(rows))
+    limits = np.fromiter((min(BLOCK, prod(r.shape) - r.block) for r in rows), np.int64, len(rows))
+    rising = positions[1:] > positions[:-1]
+    rising[starts[1:] - 1] = True
+    good = rising.all() and (positions[starts] >= 0).all() and (positions[ends - 1] < limits).all()
+    if good:
+        return
+    for row, limit in zip(rows, limits.tolist(), strict=True):
+        here = positions[row.first : row.first + row.count]
+        outside = np.flatnonzero((here < 0) | (here >= limit))
+        if len(outside):
+            raise GraftError(
+                f"{row.name!r}: position {here[outside[0]]} is outside [0, {limit}) "
+                f"(shape {list(row.shape)}, block {row.block})"
+            )
+        falls = np.flatnonzero(here[1:] <= here[:-1])
+        if len(falls):
+            raise GraftError(
+                f"{row.name!r}: positions must ascend without repeats, but {here[falls[0] + 1]} "
+                f"follows {here[falls[0]]}"
+            )
+
+
+def content_id(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
+    """SHA-256 (hex) over names, shapes, dtypes, positions, new and old bits, in canonical order.
+
+    `docs/format.md` gives the bytes that are hashed. No metadata takes part.
+    """
+    digest = hashlib.sha256(b"hotgraft graft 1\n")
+    digest.update(_table(rows).encode())
+    for name in sorted(groups):
+        for array in groups[name]:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _table(rows: Sequence[Row]) -> str:
+    return json.dumps(
+        [[r.name, list(r.shape), r.dtype, r.block, r.first, r.count] for r in rows],
+        separators=(",", ":"),
+    )
+
+
+# ---- the file ---------------------------------------------------------------------------------
+
+
+def write(
+    path: str | os.PathLike[str],
+    rows: Sequence[Row],
+    groups: Mapping[str, Group],
+    provenance: Provenance,
+    graft_id: str,
+) -> None:
+    """Write a graft file: to a temporary file in the same folder, flushed, then renamed.
+
+    A reader sees the old file or the new one, whole.
+
+    Raises:
+        OSError: the folder is missing or cannot be written.
+    """
+    target = Path(path)
+    tensors = {}
+    for name, group in groups.items():
+        dtype = DTYPES[name].torch
+        # Copies, because torch does not take read-only arrays.
+        tensors[f"{name}.positions"] = torch.from_numpy(group.positions.copy())
+        tensors[f"{name}.new"] = torch.from_numpy(group.new.copy()).view(dtype)
+        tensors[f"{name}.old"] = torch.from_numpy(group.old.copy()).view(dtype)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "id": graft_id,
+        "scope": provenance.scope,
+        "eligible": str(provenance.eligible),
+        "density": repr(sum(r.count for r in rows) / provenance.eligible),
+        "method": provenance.method,
+        "creator": provenance.creator,
+        "table": _table(rows),
+    }
+    if provenance.base_id is not None:
+        metadata["base_id"] = provenance.base_id
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(
+    path: str | os.PathLike[str],
+) -> tuple[tuple[Row, ...], dict[str, Group], Provenance, str]:
+    """Read and check a graft file: its rows, arrays, provenance and id.
+
+    The arrays are private memory; the stored id is checked against the contents.
+
+    Raises:
+        FormatError: naming the file and what is wrong with it.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read()
+    if len(data) != size:
+        raise FormatError(
+            f"{path}: its size went from {size} to {len(data)} bytes while it was read"
+        )
+    try:
+        tensors = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not a safetensors file: {error}") from error
+    del data
+    metadata = header.get("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise FormatError(
+            f"{path}: a safetensors file, but not a graft (format {metadata.get('format')!r}, "
+            f"wanted {FORMAT!r}); hotgraft.diff makes grafts from two checkpoints"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise FormatError(
+            f"{path}: graft format version {metadata.get('version')!r}; this is {creator()}, which "
+            f"reads version {VERSION}"
+        )
+    try:
+        rows = _parse_table(metadata["table"])
+        groups = _parse_groups(tensors)
+        validate(rows, groups)
+        eligible = int(metadata["eligible"])
+        if eligible < sum(r.count for r in rows):
+            raise GraftError(f"{eligible} eligible elements are fewer than its entries")
+        provenance = Provenance(
+            base_id=metadata.get("base_id"),
+            scope=metadata["scope"],
+            eligible=eligible,
+            method=metadata["method"],
+            creator=metadata["creator"],
+        )
+    except KeyError as error:
+        raise FormatError(f"{path}: the metadata lacks {error}") from error
+    except ValueError as error:  # GraftError is one
+        raise FormatError(f"{path}: {error}") from error
+    found = content_id(rows, groups)
+    if found != metadata.get("id"):
+        raise FormatError(
+            f"{path}: its contents have id {found}, but it states {metadata.get('id')}: the file "
+            "is damaged or was changed; get it anew"
+        )
+    return rows, groups, provenance, found
+
+
+def _parse_table(text: str) -> tuple[Row, ...]:
+    try:
+        table = json.loads(text)
+        rows = []
+        for name, shape, dtype, block, first, count in table:
+            numbers = (*shape, block, first, count)
+            if not (isinstance(name, str) and isinstance(dtype, str)) or any(
+                type(number) is not int for number in numbers
+            ):
+                raise TypeError(f"row {name!r} holds other than strings and integers")
+            rows.append(Row(name, tuple(shape), dtype, block, first, count))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GraftError(f"the table is malformed: {error}") from error
+    return tuple(rows)
+
+
+def _parse_groups(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Group]:
+    groups = {}
+    names = {name.rpartition(".")[0] for name in tensors}
+    for name in sorted(names):
+        if name not in DTYPES:
+            raise GraftError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
+        arrays = []
+        for part, dtype, kind in (
+            ("positions", np.dtype(np.int32), "I32"),
+            ("new", DTYPES[name].bits, name),
+            ("old", DTYPES[name].bits, name),
+        ):
+            tensor = tensors.get(f"{name}.{part}")
+            if tensor is None:
+                raise GraftError(f"the tensor {name}.{part} is missing")
+            if tensor["dtype"] != kind or len(tensor["shape"]) != 1:
+                raise GraftError(
+                    f"{name}.{part} is {tensor['dtype']} of shape {tensor['shape']}; "
+                    f"wanted a flat {kind}"
+                )
+            arrays.append(read_only(np.frombuffer(tensor["data"], dtype)))
+        groups[name] = Group(*arrays)
+    if len(tensors) != 3 * len(groups):
+        raise GraftError(f"unexpected tensors beside positions, new and old: {sorted(tensors)}")
+    return groups

@@ -1,0 +1,434 @@
+"""Host: a live model that grafts are put into, in place, and out of again, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from hotgraft import gate as gates
+from hotgraft import kernels
+from hotgraft.composition import compose
+from hotgraft.errors import (
+    AdoptWarning,
+    BaseMismatchError,
+    GraftError,
+    HostChangedError,
+    HotgraftError,
+    SkillInUseError,
+    UnknownSkillError,
+)
+from hotgraft.graft import Graft
+from hotgraft.ledger import NOTHING, Ledger, LiveSet
+from hotgraft.placement import Names, Plan, compile_plan, find_slots, fit, refuse_nonfinite
+
+COMPOSED_PLANS = 16
+"""Plans of composed sets that a host keeps for the next time."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Skill:
+    """A graft under a name, loaded and compiled for a host."""
+
+    name: str
+    id: str
+    """The id of the graft it was loaded from."""
+    plan: Plan
+
+    @property
+    def nnz(self) -> int:
+        """Entries that it writes."""
+        return self.plan.graft.nnz
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.plan.nbytes
+
+
+class Host:
+    """A model with skills; make one with `hotgraft.attach`.
+
+    Preparing (load, the first activation of a composed set) may fail with nothing changed.
+    Committing (activate, deactivate) waits for forward passes to end, then writes in one go. All
+    methods may be called from any thread.
+
+    Example:
+        >>> import hotgraft
+        >>> model = torch.nn.Linear(3, 2)
+        >>> tuned = {k: v.clone() for k, v in model.state_dict().items()}
+        >>> _ = tuned["weight"][0].add_(1.0)
+        >>> host = attach(model)
+        >>> _ = host.load(hotgraft.diff(model, tuned), name="shift")
+        >>> with host.using("shift"):
+        ...     torch.equal(model.weight, tuned["weight"])
+        True
+        >>> host.active
+        ()
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        base_id: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        root = getattr(model, "_orig_mod", model)  # a torch.compile wrapper adds a prefix to names
+        self._model = root
+        self._slots = find_slots(root)
+        if not self._slots:
+            raise GraftError(f"{type(model).__name__} has no parameters: nothing to graft into")
+        self._backend = kernels.resolve(
+            backend, next(iter(self._slots.values())).tensor.device.type
+        )
+        self._base_id = base_id
+        # Taken in this order: the gate, then the lock. Who only prepares takes the lock alone.
+        self._gate = gates.Gate()
+        self._lock = threading.RLock()
+        self._skills: dict[str, Skill] = {}
+        self._composed: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+        self._ledger = Ledger(self._slots, self._backend)
+        self._put_back: list[LiveSet] = []  # what the open `using` blocks will put back
+        self._remove_gates = [gates.install(m, self._gate) for m in dict.fromkeys((model, root))]
+
+    def __repr__(self) -> str:
+        live = ", ".join(self.active) or "nothing"
+        return f"Host({type(self._model).__name__}, {len(self._skills)} skills, live: {live})"
+
+    # ---- what is there -------------------------------------------------------------------------
+
+    @property
+    def skills(self) -> Mapping[str, Skill]:
+        """The loaded skills by name."""
+        return MappingProxyType(dict(self._skills))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the live skills, in the order they were given."""
+        return self._ledger.live.names
+
+    @property
+    def base_id(self) -> str | None:
+        """The base's id, where it is known."""
+        return self._base_id
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the base id and the live set: a key for KV and prefix caches.
+
+        Raises:
+            HotgraftError: the base id is not known.
+        """
+        state = self._ledger.live
+        if self._base_id is None:
+            raise HotgraftError(
+                "the digest needs the base's id: hotgraft.fingerprint(model) computes it over the "
+                "weights once, for attach(model, base_id=...)"
+            )
+        ids = [self._skills[name].id for name in state.names]
+        pairs = list(zip(ids, state.weights, strict=True))
+        if state.policy != "priority":
+            pairs.sort()
+        text = json.dumps([self._base_id, pairs, state.policy])
+        return hashlib.sha256(b"hotgraft live 1\n" + text.encode()).hexdigest()
+
+    # ---- preparing -----------------------------------------------------------------------------
+
+    def load(
+        self,
+        source: Graft | str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        names: Names | None = None,
+        cast: bool = False,
+        partial: bool = False,
+        allow_nonfinite: bool = False,
+        replace: bool = False,
+    ) -> Skill:
+        """Prepare a skill: read, check against this host's base bits, compile. Nothing is written.
+
+        Works while other skills are live.
+
+        Args:
+            source: a graft or the path of a graft file.
+            name: what to call it; by default the file's stem or the first 12 digits of its id.
+            names: the host's name for each of the graft's (mapping or function), where they differ
+                by more than a prefix.
+            cast: round a graft made in another precision to the host's; the base is checked after
+                rounding, and a `CastWarning` counts entries that vanish.
+            partial: leave out tensors that the host lacks (`PartialWarning`).
+            allow_nonfinite: let it write NaN and infinity.
+            replace: take the place of a loaded skill of that name.
+
+        Raises:
+            FormatError, OSError: the file is not a valid graft, or cannot be read.
+            BaseMismatchError: the host holds another shape, dtype or bits than the graft's base.
+            CoverageError, LayoutError, ParameterError: a tensor has no counterpart that can be
+                written.
+            NonFiniteError: it writes NaN or infinity and may not.
+            SkillInUseError: the name is taken, or the skill to be replaced is live.
+        """
+        if name is None:
+            stem = None if isinstance(source, Graft) else Path(source).name
+            name = stem.partition(".")[0] if stem is not None else None
+        graft = source if isinstance(source, Graft) else Graft.load(source)
+        name = name or graft.id[:12]
+        if not allow_nonfinite:
+            refuse_nonfinite(graft)
+        with self._lock:
+            self._require_attached()
+            if name in self._skills and not replace:
+                raise SkillInUseError(
+                    f"a skill {name!r} is loaded already; replace=True replaces it"
+                )
+            self._require_unused(name)
+            fitted = fit(
+                graft, self._slots, self._model, self._backend,
+                names=names, cast=cast, partial=partial, allow_nonfinite=allow_nonfinite,
+            )  # fmt: skip
+            plan = compile_plan(fitted, self._slots, self._backend)
+            self._ledger.check_base(plan, f"skill {name!r}")
+            self._drop(name)
+            self._ledger.start_watching(plan)
+            skill = Skill(name, graft.id, plan)
+            self._skills[name] = skill
+            return skill
+
+    def unload(self, name: str, *, force: bool = False) -> None:
+        """Forget a skill and free its memory.
+
+        Raises:
+            UnknownSkillError: there is none of that name.
+            SkillInUseError: it is live (`force=True` deactivates everything first) or an open
+                `using` block will put it back.
+        """
+        if force and name in self.active:
+            self.deactivate()
+        with self._lock:
+            self._skill(name)
+            self._require_unused(name)
+            self._drop(name)
+
+    # ---- committing ----------------------------------------------------------------------------
+
+    def activate(
+        self, *names: str, policy: str = "refuse", weights: Sequence[float] | None = None
+    ) -> None:
+        """Make exactly this set of skills live.
+
+        A set that was never composed before is composed first; its plan is kept.
+
+        Args:
+            names: loaded skills, each once; none at all deactivates.
+            policy: how they meet, see `compose`.
+            weights: a number a skill, 1.0 by default.
+
+        Raises:
+            UnknownSkillError, GraftError: a name, policy or weight is wrong.
+            OverlapError, NonFiniteError: the set cannot be composed under that policy.
+            HostChangedError: somebody else moved or wrote the weights; nothing was written now.
+            GateError: called inside a forward pass or hold of the same thread.
+        """
+        with self._lock:
+            target = self._prepare(names, policy, weights)
+        self._commit(target)
+
+    def deactivate(self) -> None:
+        """Put the base's bits back. Raises as `activate` does."""
+        self._commit(NOTHING)
+
+    @contextlib.contextmanager
+    def using(
+        self, *names: str, policy: str = "refuse", weights: Sequence[float] | None = None
+    ) -> Iterator[None]:
+        """Activate for a block, then put back what was live before, also on an exception. Nests."""
+        with self._lock:
+            before = self._ledger.live
+            self._put_back.append(before)
+        try:
+            self.activate(*names, policy=policy, weights=weights)
+            try:
+                yield
+            finally:
+                self._commit(before)
+        finally:
+            with self._lock:
+                self._put_back.remove(before)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """No commit happens in this block: one generation, one set of weights.
+
+        Commits of other threads wait; one of this thread is a `GateError`.
+        """
+        with self._gate.passing():
+            yield
+
+    # ---- checking ------------------------------------------------------------------------------
+
+    def verify(self) -> int:
+        """Check that every entry of every skill holds what it should; returns how many it checked.
+
+        If somebody wrote to a watched tensor, this also checks the whole base where its id is
+        known. When everything holds, commits that were refused for that go on.
+
+        Raises:
+            HostChangedError: naming the tensor, position, found and wanted bits.
+        """
+        with self._gate.passing(), self._lock:
+            self._require_attached()
+            self._ledger.settle()
+            plans = {f"skill {name!r}": skill.plan for name, skill in self._skills.items()}
+            try:
+                checked = self._ledger.check_live()
+                checked += sum(
+                    self._ledger.check_base(plan, label) for label, plan in plans.items()
+                )
+            except BaseMismatchError as error:
+                raise HostChangedError(f"somebody wrote to the weights: {error}") from error
+            if self._base_id is not None and any(map(self._ledger.was_written, plans.values())):
+                self._ledger.check_whole_base(self._base_id)
+            for plan in plans.values():
+                self._ledger.record(plan)
+            return checked
+
+    def adopt(self) -> tuple[str, ...]:
+        """Make the weights as they are now the new base, with nothing live.
+
+        The base id is unknown from then on. Skills that do not fit the new base are unloaded, with
+        an `AdoptWarning`; their names are returned (`Graft.rebase` makes them fit again).
+        """
+        with self._gate.committing(), self._lock:
+            self._require_attached()
+            if self._put_back:
+                raise SkillInUseError(
+                    "adopt() inside a `using` block would have nothing to go back to"
+                )
+            self._ledger.forget()
+            self._base_id = None
+            self._composed.clear()
+            misfits = []
+            for name, skill in list(self._skills.items()):
+                self._ledger.record(skill.plan)
+                try:
+                    self._ledger.check_base(skill.plan, name)
+                except BaseMismatchError:
+                    misfits.append(name)
+                    del self._skills[name]
+        if misfits:
+            warnings.warn(
+                f"unloaded because they do not fit the adopted base: {', '.join(misfits)}; rebase "
+                "their grafts and load them again",
+                AdoptWarning,
+                stacklevel=2,
+            )
+        return tuple(misfits)
+
+    def detach(self, *, force: bool = False) -> None:
+        """Take the gate away and let go of the model, which holds the base's bits.
+
+        Raises:
+            SkillInUseError: skills are live; `force=True` deactivates them first, or, where the
+                weights were moved or written meanwhile, leaves them as they are.
+        """
+        if self._ledger.live.names:
+            if not force:
+                raise SkillInUseError(
+                    f"{', '.join(self.active)} is live; deactivate first, or detach(force=True)"
+                )
+            with contextlib.suppress(HostChangedError):
+                self.deactivate()
+        with self._gate.committing(), self._lock:
+            for remove in self._remove_gates:
+                remove()
+            self._remove_gates.clear()
+            self._skills.clear()
+            self._composed.clear()
+            self._ledger.forget()
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _require_attached(self) -> None:
+        if not self._remove_gates:
+            raise HotgraftError("this host was detached; attach the model again")
+
+    def _skill(self, name: str) -> Skill:
+        try:
+            return self._skills[name]
+        except KeyError:
+            known = ", ".join(self._skills) or "none yet"
+            raise UnknownSkillError(f"no skill {name!r} is loaded; loaded are: {known}") from None
+
+    def _require_unused(self, name: str) -> None:
+        if name in self._ledger.live.names:
+            raise SkillInUseError(f"{name!r} is live; deactivate first, or unload(force=True)")
+        if any(name in state.names for state in self._put_back):
+            raise SkillInUseError(f"an open `using` block will put {name!r} back; leave it first")
+
+    def _drop(self, name: str) -> None:
+        self._skills.pop(name, None)
+        for key in [k for k, plan in self._composed.items() if name in str(k)]:
+            del self._composed[key]
+
+    def _prepare(
+        self, names: Sequence[str], policy: str, weights: Sequence[float] | None
+    ) -> LiveSet:
+        self._require_attached()
+        if not names:
+            return NOTHING
+        skills = [self._skill(name) for name in names]
+        if len(set(names)) != len(names):
+            raise GraftError(f"a skill is named twice: {', '.join(names)}")
+        given = tuple(map(float, weights)) if weights is not None else (1.0,) * len(names)
+        if len(names) == 1 and given == (1.0,) and policy in kernels.POLICIES:
+            return LiveSet(tuple(names), given, "", skills[0].plan)
+        state = LiveSet(tuple(names), given, policy if len(names) > 1 else "")
+        plan = self._composed.get(state.key) if len(given) == len(names) else None
+        if plan is None:
+            merged = compose(
+                [skill.plan.graft for skill in skills], policy, given,
+                labels=names, ids=[skill.id for skill in skills], backend=self._backend.name,
+            )  # fmt: skip
+            plan = compile_plan(merged, self._slots, self._backend)
+            self._composed[state.key] = plan
+            if len(self._composed) > COMPOSED_PLANS:
+                self._composed.popitem(last=False)
+        self._composed.move_to_end(state.key)
+        return dataclasses.replace(state, plan=plan)
+
+    def _commit(self, target: LiveSet) -> None:
+        with self._gate.committing(), self._lock:
+            self._require_attached()
+            self._ledger.commit(target)
+
+
+def attach(
+    model: torch.nn.Module, *, base_id: str | None = None, backend: str | None = None
+) -> Host:
+    """Make a model a host for grafts.
+
+    The model keeps its addresses; its root `forward` gets a gate. Attach once, and after the model
+    is where it should be (`model.to(...)` moves storage).
+
+    Args:
+        model: any module on the CPU, a `torch.compile`d one included.
+        base_id: `hotgraft.fingerprint` of its weights, needed only for `host.digest`.
+        backend: a backend's name (`hotgraft doctor` lists them), to use it and no other.
+
+    Raises:
+        BackendError: the backend asked for, or one for the model's device, is not there.
+        GateError: a host is attached to the model already.
+        GraftError: it has no parameters.
+    """
+    return Host(model, base_id=base_id, backend=backend)

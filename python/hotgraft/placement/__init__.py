@@ -1,0 +1,18 @@
+"""Placement: where a checkpoint coordinate lives in a host, and a graft compiled for it."""
+
+from hotgraft.placement.fit import fit, refuse_nonfinite
+from hotgraft.placement.names import Names
+from hotgraft.placement.overlay import expected_bits
+from hotgraft.placement.plain import Plan, compile_plan
+from hotgraft.placement.slots import Slot, find_slots
+
+__all__ = [
+    "Names",
+    "Plan",
+    "Slot",
+    "compile_plan",
+    "expected_bits",
+    "find_slots",
+    "fit",
+    "refuse_nonfinite",
+]

@@ -1,0 +1,156 @@
+"""Fitting a graft to a host: its names, shapes and dtypes become the host's, or it is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from hotgraft.errors import (
+    BaseMismatchError,
+    CastWarning,
+    CoverageError,
+    NonFiniteError,
+    PartialWarning,
+)
+from hotgraft.format import DTYPES, Bits, Group, Positions, Row
+from hotgraft.graft import Graft
+from hotgraft.kernels import Backend
+from hotgraft.placement.names import Names, missing_message, resolve_names
+from hotgraft.placement.slots import Slot, check_writable, memory_regions
+from hotgraft.weights import sample
+
+
+def refuse_nonfinite(graft: Graft) -> None:
+    """Raises `NonFiniteError`, naming the entry, if the graft would write a NaN or infinity."""
+    for row in graft.rows:
+        mark = DTYPES[row.dtype].nonfinite
+        positions, new, _ = graft.arrays(row)
+        if mark and len(wrong := np.flatnonzero(new & new.dtype.type(mark) == mark)):
+            raise NonFiniteError(
+                f"{row.name!r}, position {row.block + int(positions[wrong[0]])}: the graft writes "
+                f"a NaN or infinity (bits {int(new[wrong[0]]):#x}); allow_nonfinite=True lets it"
+            )
+
+
+def fit(
+    graft: Graft,
+    slots: Mapping[str, Slot],
+    model: torch.nn.Module,
+    backend: Backend,
+    *,
+    names: Names | None = None,
+    cast: bool = False,
+    partial: bool = False,
+    allow_nonfinite: bool = False,
+) -> Graft:
+    """The graft in the host's names and dtypes.
+
+    Raises:
+        CoverageError: a tensor has no counterpart, or two have the same.
+        LayoutError, ParameterError: the counterpart cannot be written.
+        BaseMismatchError: shapes differ, or dtypes do and `cast` was not given.
+        NonFiniteError: a value overflows in the host's dtype.
+    """
+    found, missing = resolve_names(graft.names, slots, model, names)
+    if missing and (not partial or not found):
+        raise CoverageError(missing_message(missing, slots))
+    if missing:
+        lost = sum(row.count for row in graft.rows if row.name in missing)
+        warnings.warn(
+            f"{lost} of {graft.nnz} entries are left out: the host lacks {sample(missing)}",
+            PartialWarning,
+            stacklevel=4,
+        )
+    doubled = {slot.name for slot in found.values() if list(found.values()).count(slot) > 1}
+    if doubled:
+        raise CoverageError(f"several of the graft's tensors map to {sample(doubled)}")
+    regions = memory_regions()
+    for name, slot in found.items():
+        shape = graft.shapes[name]
+        if shape != slot.shape:
+            raise BaseMismatchError(
+                f"{name!r} has shape {list(shape)} in the graft and {list(slot.shape)} in the host "
+                f"({slot.name!r}): it was made for another model"
+            )
+        check_writable(slot, regions)
+    fitted = _rename(graft, found)
+    return _cast(fitted, slots, backend, cast, allow_nonfinite)
+
+
+def _rename(graft: Graft, found: Mapping[str, Slot]) -> Graft:
+    # Names and shapes become the host's own objects, so a skill holds no strings of its own.
+    shapes = {name: slot.shape for name, slot in found.items()}
+    rows = [
+        row._replace(name=found[row.name].name, shape=shapes[row.name])
+        for row in graft.rows
+        if row.name in found
+    ]
+    if len(rows) == len(graft.rows) and rows == sorted(rows, key=lambda r: (r.name, r.block)):
+        return Graft(rows, graft.groups, graft.provenance, checked=True)
+    kept = [row for row in graft.rows if row.name in found]
+    return _assemble(graft, [(r, *graft.arrays(old)) for r, old in zip(rows, kept, strict=True)])
+
+
+def _assemble(graft: Graft, parts: list[tuple[Row, Positions, Bits, Bits]]) -> Graft:
+    """A graft from rows and their arrays, in any order."""
+    rows: list[Row] = []
+    arrays: dict[str, list[Group]] = {}
+    filled: dict[str, int] = {}
+    for row, positions, new, old in sorted(parts, key=lambda p: (p[0].name, p[0].block)):
+        first = filled.get(row.dtype, 0)
+        rows.append(row._replace(first=first))
+        filled[row.dtype] = first + row.count
+        arrays.setdefault(row.dtype, []).append(Group(positions, new, old))
+    groups = {
+        dtype: Group(*(np.concatenate(column) for column in zip(*group, strict=True)))
+        for dtype, group in arrays.items()
+    }
+    return Graft(rows, groups, graft.provenance, checked=True)
+
+
+def _cast(
+    graft: Graft, slots: Mapping[str, Slot], backend: Backend, cast: bool, allow_nonfinite: bool
+) -> Graft:
+    wrong = [row for row in graft.rows if slots[row.name].dtype.name != row.dtype]
+    if not wrong:
+        return graft
+    row, dtype = wrong[0], slots[wrong[0].name].dtype
+    castable = all(DTYPES[r.dtype].has_arithmetic for r in wrong) and all(
+        slots[r.name].dtype.has_arithmetic for r in wrong
+    )
+    if not cast or not castable:
+        hint = (
+            "cast=True rounds the graft to the host's precision"
+            if castable
+            else "only BF16, F16, F32 and F64 can be cast to one another"
+        )
+        raise BaseMismatchError(
+            f"{row.name!r} is {row.dtype} in the graft and {dtype.name} in the host; {hint}"
+        )
+    parts, vanished, overflows = [], 0, 0
+    for row in graft.rows:
+        positions, new, old = graft.arrays(row)
+        target = slots[row.name].dtype
+        if target.name != row.dtype:
+            (rounded, over), (old_rounded, _) = (
+                backend.round(array, DTYPES[row.dtype], target) for array in (new, old)
+            )
+            overflows += over
+            vanished += int(np.count_nonzero((rounded == old_rounded) & (new != old)))
+            new, old = rounded, old_rounded
+        parts.append((row._replace(dtype=target.name), positions, new, old))
+    if overflows and not allow_nonfinite:
+        raise NonFiniteError(
+            f"{overflows} values overflow in the host's precision; allow_nonfinite=True lets them"
+        )
+    if vanished:
+        warnings.warn(
+            f"{vanished} of {graft.nnz} entries equal the base once rounded to the host's "
+            "precision: they change nothing",
+            CastWarning,
+            stacklevel=5,
+        )
+    return _assemble(graft, parts)

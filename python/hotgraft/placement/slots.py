@@ -1,0 +1,146 @@
+"""Slots: the parameters and buffers of a live module, and which of them may be written in place."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hotgraft.errors import ParameterError
+from hotgraft.format import DType, dtype_of
+
+Regions = list[tuple[int, int, bool]]
+"""(begin, end, writable) of the mappings of a process's memory, ascending."""
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """One parameter or buffer, and the place in its module that should go on holding it."""
+
+    name: str
+    index: int
+    """Its place in the host's list of slots."""
+    tensor: torch.Tensor
+    owner: Mapping[str, Any]
+    """The owning module's `_parameters` or `_buffers`."""
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> DType:
+        """Raises `GraftError` for a type that grafts cannot hold."""
+        return dtype_of(self.tensor.dtype, self.name)
+
+
+def find_slots(model: torch.nn.Module) -> dict[str, Slot]:
+    """Every parameter and persistent buffer by its state-dict name; tied ones under each name."""
+    slots: dict[str, Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        transient = module._non_persistent_buffers_set
+        for owner, skipped in ((module._parameters, set()), (module._buffers, transient)):
+            for key, tensor in owner.items():
+                if tensor is None or key in skipped:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                slots[name] = Slot(name, len(slots), tensor, owner, key)
+    return slots
+
+
+def check_writable(slot: Slot, regions: Regions) -> None:
+    """Refuse a parameter whose memory cannot be written in place, element by element.
+
+    Args:
+        slot: the parameter.
+        regions: what `memory_regions` returned lately.
+
+    Raises:
+        ParameterError: it is meta, offloaded, quantised, sparse, a lazy view, read-only memory,
+            on another device than the CPU, or overlaps itself.
+    """
+    tensor, name = slot.tensor, slot.name
+    kind = type(tensor).__name__
+    if is_traceable_wrapper_subclass(tensor) or any(
+        hasattr(tensor, mark) for mark in ("quant_state", "SCB", "compress_statistics")
+    ):
+        raise ParameterError(
+            f"{name!r} is a {kind}, which stores other bits than its values (quantised or "
+            "sharded): load the model with plain tensors"
+        )
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ParameterError(f"{name!r} is not initialised yet: run the model once first")
+    if tensor.is_meta:
+        raise ParameterError(
+            f"{name!r} is on the meta device, so it has no data here (offloaded, or not loaded "
+            "yet): load it, or turn offloading off"
+        )
+    if tensor.device.type != "cpu":
+        raise ParameterError(
+            f"{name!r} is on {tensor.device}; the table of this host is on the CPU: move the whole "
+            "model to one device"
+        )
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        raise ParameterError(f"{name!r} is quantised or {tensor.layout}; wanted a strided tensor")
+    if tensor.is_conj() or tensor.is_neg():
+        raise ParameterError(f"{name!r} is a lazy view: call resolve_conj() or resolve_neg()")
+    if overlaps_itself(tuple(tensor.shape), tensor.stride()):
+        raise ParameterError(
+            f"{name!r} has shape {list(tensor.shape)} and strides {list(tensor.stride())}: several "
+            "elements may share memory (an expanded view?); make it contiguous"
+        )
+    if not _memory_is_writable(tensor, regions):
+        raise ParameterError(
+            f"{name!r} lies in read-only memory (a file mapped without write access?): clone it"
+        )
+
+
+def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two elements of a strided tensor may share memory; True when in doubt.
+
+    Example:
+        >>> overlaps_itself((3, 4), (4, 1)), overlaps_itself((3, 4), (0, 1))
+        (False, True)
+    """
+    reach = 0  # the furthest offset that the dimensions seen so far can make
+    for stride, size in sorted((st, sz) for st, sz in zip(strides, shape, strict=True) if sz > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _memory_is_writable(tensor: torch.Tensor, regions: Regions) -> bool:
+    if not tensor.numel() or not regions:
+        return True
+    extent = sum(
+        stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    begin = tensor.data_ptr()
+    end = begin + (extent + 1) * tensor.element_size()
+    at = max(bisect.bisect_right(regions, (begin, 2**64, False)) - 1, 0)
+    while at < len(regions) and regions[at][0] < end:
+        _, stop, writable = regions[at]
+        if stop > begin and not writable:
+            return False
+        at += 1
+    return True
+
+
+def memory_regions() -> Regions:
+    """How the kernel maps this process's memory (Linux; empty elsewhere)."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    regions: Regions = []
+    for line in maps.read_text().splitlines():
+        span, access = line.split(maxsplit=2)[:2]
+        begin, end = (int(part, 16) for part in span.split("-"))
+        regions.append((begin, end, "w" in access))
+    return regions

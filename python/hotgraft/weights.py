@@ -1,0 +1,180 @@
+"""Where weights are read from: modules, state dicts, safetensors files and checkpoint folders.
+
+All look the same from here: names, shapes, dtypes, and a tensor at a time. Files are mapped, so
+reading a checkpoint of any size takes no anonymous memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hotgraft.errors import CoverageError, FormatError, ParameterError
+from hotgraft.format import DTYPES, DType, dtype_of
+
+Weights: TypeAlias = torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
+"""What `diff` and its kin take: a module, a state dict, a `.safetensors` file, a folder of them."""
+
+INDEX = "model.safetensors.index.json"
+
+
+class Spec(NamedTuple):
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+class Checkpoint:
+    """Tensors by name, read one at a time. Tied tensors appear once, under their first name.
+
+    Use `open_weights` to make one.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], read: Callable[[str], torch.Tensor]) -> None:
+        self.specs = dict(specs)
+        self._read = read
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, flat, contiguous, on the CPU; mapped if it comes from a file.
+
+        Raises:
+            CoverageError: there is no tensor of that name.
+        """
+        if name not in self.specs:
+            raise CoverageError(f"there is no tensor {name!r}; there are {sample(self.specs)}")
+        return self._read(name).detach().cpu().contiguous().view(-1)
+
+
+def sample(names: Mapping[str, Any] | list[str] | set[str], most: int = 3) -> str:
+    """A few of many names, for a message."""
+    names = sorted(names)
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextlib.contextmanager
+def open_weights(source: Weights) -> Iterator[Checkpoint]:
+    """Open a module, state dict, file or folder for reading.
+
+    Raises:
+        FormatError: a file or index is malformed, or no safetensors file is there.
+        ParameterError: a tensor has no data (meta).
+        GraftError: a tensor's dtype is not one that grafts can hold.
+
+    Example:
+        >>> with open_weights({"w": torch.zeros(2, 3)}) as checkpoint:
+        ...     checkpoint.specs["w"].shape
+        (2, 3)
+    """
+    if isinstance(source, torch.nn.Module):
+        state = source.state_dict(keep_vars=True)
+        yield _from_state({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
+    elif isinstance(source, Mapping):
+        yield _from_state(source)
+    else:
+        with contextlib.ExitStack() as stack:
+            yield _from_files(Path(source), stack)
+
+
+def _from_state(state: Mapping[str, torch.Tensor]) -> Checkpoint:
+    specs, seen = {}, set()
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise ParameterError(f"{name!r} is on the meta device: load its weights first")
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() == 0 or place in seen:
+            continue  # tied: counted once
+        seen.add(place)
+        specs[name] = Spec(tuple(tensor.shape), dtype_of(tensor.dtype, name))
+    return Checkpoint(specs, state.__getitem__)
+
+
+def shard_paths(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the file itself, or a folder's one file or shards.
+
+    Raises:
+        FormatError: there is none, more than one and no index, or the index is malformed.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise FormatError(
+                f"{path}: only .safetensors checkpoints are read (a pickle can run code); "
+                "save_pretrained writes one"
+            )
+        return [path]
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or folder")
+    index = path / INDEX
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if not files or any(Path(file).name != file for file in files):
+                raise ValueError("it must name files in its own folder")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise FormatError(f"{index}: not a safetensors index: {error!r}") from error
+        missing = [file for file in files if not (path / file).is_file()]
+        if missing:
+            raise FormatError(f"{index}: it names {missing[0]!r}, which is not in the folder")
+        return [path / file for file in files]
+    every = sorted(path.glob("*.safetensors"))
+    found = [p for p in every if not p.name.endswith(".graft.safetensors")]
+    if path / "model.safetensors" in found:
+        return [path / "model.safetensors"]
+    if len(found) == 1:
+        return found
+    raise FormatError(
+        f"{path}: wanted model.safetensors, {INDEX} or exactly one .safetensors file; found "
+        f"{len(found)} and no index"
+    )
+
+
+def _from_files(path: Path, stack: contextlib.ExitStack) -> Checkpoint:
+    specs, where = {}, {}
+    for shard in shard_paths(path):
+        try:
+            file = stack.enter_context(safe_open(shard, framework="pt"))
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                piece = file.get_slice(name)
+                if piece.get_dtype() not in DTYPES:
+                    raise FormatError(f"{shard}: {name!r} has dtype {piece.get_dtype()}")
+                if name in specs:
+                    raise FormatError(f"{shard}: {name!r} is in another shard too")
+                shape = tuple(piece.get_shape())
+                if 0 not in shape:
+                    specs[name], where[name] = Spec(shape, DTYPES[piece.get_dtype()]), file
+        except SafetensorError as error:
+            raise FormatError(f"{shard}: not a safetensors file: {error}") from error
+
+    def read(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = where[name].get_tensor(name)
+        return tensor
+
+    return Checkpoint(specs, read)
+
+
+def fingerprint(source: Weights) -> str:
+    """The base id of some weights: SHA-256 (hex) over names, shapes, dtypes and bits.
+
+    It reads everything (about 1 s a GB). Tied tensors count once, so a module and its checkpoint
+    agree where their names do.
+
+    Example:
+        >>> len(fingerprint({"w": torch.zeros(3)}))
+        64
+    """
+    with open_weights(source) as checkpoint:
+        digest = hashlib.sha256(b"hotgraft base 1\n")
+        for name in sorted(checkpoint.specs):
+            shape, dtype = checkpoint.specs[name]
+            digest.update(json.dumps([name, list(shape), dtype.name]).encode())
+            digest.update(checkpoint.tensor(name).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
