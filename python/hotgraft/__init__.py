@@ -5,6 +5,7 @@ A graft is a small, checkable, reversible patch to a model. `diff` finds one, `G
 them in and gives them back bit for bit, in time proportional to the patch.
 """
 
+from hotgraft import errors
 from hotgraft.composition import Overlap, compose, overlap
 from hotgraft.difference import diff
 from hotgraft.format import Provenance
@@ -25,6 +26,7 @@ __all__ = [
     "available_backends",
     "compose",
     "diff",
+    "errors",
     "fingerprint",
     "overlap",
 ]
