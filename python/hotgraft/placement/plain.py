@@ -15,7 +15,7 @@ from hotgraft.format import BLOCK, DTYPES, Bits, Positions, Row
 from hotgraft.graft import Graft
 from hotgraft.kernels import Backend, Table
 from hotgraft.placement.slots import Slot
-from hotgraft.placement.watch import Watch
+from hotgraft.placement.watch import Watch, watch
 
 
 class Launch(NamedTuple):
@@ -78,7 +78,7 @@ def compile_plan(graft: Graft, slots: Mapping[str, Slot], backend: Backend) -> P
         mine = [row for row in rows if DTYPES[row.dtype].item_size == size]
         if mine:
             launches.append(_launch(graft, mine, slots, backend, size))
-    return Plan(graft, tuple(launches), Watch(tuple(slots[name] for name in graft.names)))
+    return Plan(graft, tuple(launches), watch(tuple(slots[name] for name in graft.names)))
 
 
 def _launch(
@@ -92,7 +92,8 @@ def _launch(
             for row in rows
         ]
         table = backend.table(np.array(segments, np.int64), positions, size)
-        return Launch(table, new, old, None, tuple(rows))
+        shared = graft.rows if len(rows) == len(graft.rows) else tuple(rows)
+        return Launch(table, new, old, None, shared)
 
     segments, parts, origins, done = [], [], [], 0
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ class Slot:
     """The owning module's `_parameters` or `_buffers`."""
     key: str
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
+        """One object for as long as the slot lives, which the rows of every skill share."""
         return tuple(self.tensor.shape)
 
     @property

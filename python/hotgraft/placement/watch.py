@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter, getitem, is_
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,17 @@ import torch
 
 from hotgraft.errors import HostChangedError
 from hotgraft.placement.slots import Slot
+
+_watches: WeakValueDictionary[tuple[Slot, ...], Watch] = WeakValueDictionary()
+
+
+def watch(slots: tuple[Slot, ...]) -> Watch:
+    """The watch over these slots; skills that write the same tensors share one."""
+    found = _watches.get(slots)
+    if found is None:
+        found = _watches[slots] = Watch(slots)
+    return found
+
 
 _version = attrgetter("_version")
 _address = torch.Tensor.data_ptr
