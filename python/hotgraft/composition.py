@@ -74,6 +74,7 @@ def compose(
     runner = kernels.resolve(backend)
     rows: list[Row] = []
     groups = {}
+    shapes = {row.name: row.shape for graft in ordered for row in graft.rows}
     for dtype in sorted({row.dtype for graft in ordered for row in graft.rows}):
         places, ranges = _ranges(ordered, dtype)
         empty = Group(*(np.empty(0, t) for t in (np.int32, *[DTYPES[dtype].bits] * 2)))
@@ -87,8 +88,7 @@ def compose(
         for (name, block), first, count in zip(
             places, firsts.tolist(), merged.counts.tolist(), strict=True
         ):
-            shape = next(g.shapes[name] for g in ordered if name in g.shapes)
-            rows.append(Row(name, shape, dtype, block, first, count))
+            rows.append(Row(name, shapes[name], dtype, block, first, count))
         groups[dtype] = Group(merged.positions, merged.new, merged.old)
     rows.sort(key=lambda row: (row.name, row.block))
     return Graft(rows, groups, _provenance(ordered))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -64,12 +65,12 @@ def fit(
             PartialWarning,
             stacklevel=4,
         )
-    doubled = {slot.name for slot in found.values() if list(found.values()).count(slot) > 1}
+    doubled = {slot.name for slot, uses in Counter(found.values()).items() if uses > 1}
     if doubled:
         raise CoverageError(f"several of the graft's tensors map to {sample(doubled)}")
-    regions = memory_regions()
+    regions, shapes = memory_regions(), graft.shapes
     for name, slot in found.items():
-        shape = graft.shapes[name]
+        shape = shapes[name]
         if shape != slot.shape:
             raise BaseMismatchError(
                 f"{name!r} has shape {list(shape)} in the graft and {list(slot.shape)} in the host "
