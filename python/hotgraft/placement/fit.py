@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hotgraft.errors import (
@@ -26,14 +27,28 @@ from hotgraft.weights import sample
 
 def refuse_nonfinite(graft: Graft) -> None:
     """Raises `NonFiniteError`, naming the entry, if the graft would write a NaN or infinity."""
+    suspects = {
+        dtype
+        for dtype, group in graft.groups.items()
+        if (mark := DTYPES[dtype].nonfinite) and _marked(group.new, mark).any()
+    }
     for row in graft.rows:
-        mark = DTYPES[row.dtype].nonfinite
-        positions, new, _ = graft.arrays(row)
-        if mark and len(wrong := np.flatnonzero(new & new.dtype.type(mark) == mark)):
-            raise NonFiniteError(
-                f"{row.name!r}, position {row.block + int(positions[wrong[0]])}: the graft writes "
-                f"a NaN or infinity (bits {int(new[wrong[0]]):#x}); allow_nonfinite=True lets it"
-            )
+        if row.dtype in suspects:
+            positions, new, _ = graft.arrays(row)
+            wrong = np.flatnonzero(_marked(new, DTYPES[row.dtype].nonfinite))
+            if len(wrong):
+                raise NonFiniteError(
+                    f"{row.name!r}, position {row.block + int(positions[wrong[0]])}: the graft "
+                    f"writes a NaN or infinity (bits {int(new[wrong[0]]):#x}); "
+                    "allow_nonfinite=True lets it"
+                )
+
+
+def _marked(bits: Bits, mark: int) -> npt.NDArray[np.bool_]:
+    """Where all the bits of the mark are set."""
+    every = bits.dtype.type(mark)
+    marked: npt.NDArray[np.bool_] = bits & every == every
+    return marked
 
 
 def fit(
