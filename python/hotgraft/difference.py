@@ -7,12 +7,13 @@ from decimal import Decimal
 from math import floor, prod
 
 import numpy as np
+import torch
 
 from hotgraft import kernels
 from hotgraft.errors import BaseMismatchError, CoverageError, GraftError, NonFiniteError
-from hotgraft.format import BLOCK, Group, Positions, Provenance, Row, blocks
-from hotgraft.graft import Graft, Mask, bit_view
-from hotgraft.kernels import Pair
+from hotgraft.format import BLOCK, Bits, DType, Group, Positions, Provenance, Row, blocks
+from hotgraft.graft import Graft, Mask
+from hotgraft.kernels import Backend, Pair
 from hotgraft.scope import Scope, in_scope
 from hotgraft.weights import Checkpoint, Weights, open_weights, sample
 
@@ -94,7 +95,7 @@ def diff(
                 f"{name!r}, position {block + position}: the difference is NaN, so entries cannot "
                 "be ranked; take the exact difference (no density) or mend the checkpoint"
             ) from error
-        parts = _Parts()
+        parts = _Parts(runner)
         done = 0
         for (name, block), pair in zip(pairs.places, pairs, strict=True):
             positions = runner.select([pair], None)[0] if chosen is None else next(chosen)
@@ -126,7 +127,7 @@ def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
                     f"{name!r} has shape {list(left.specs[name].shape)} in the base and "
                     f"{list(mask.shape(name))} in the mask"
                 )
-        parts = _Parts()
+        parts = _Parts(kernels.resolve())
         pairs = _Pairs(left, right, names)
         for (name, block), pair in zip(pairs.places, pairs, strict=True):
             indices = mask[name]
@@ -139,10 +140,10 @@ def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
 class _Parts:
     """Collects a graft tensor by tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self.rows: list[Row] = []
-        self._arrays: dict[str, list[Group]] = {}
-        self._filled: dict[str, int] = {}
+        self._groups: dict[str, Group] = {}
 
     def add(
         self, name: str, shape: tuple[int, ...], block: int, pair: Pair, positions: Positions
@@ -150,18 +151,25 @@ class _Parts:
         if not len(positions):
             return
         dtype = pair.dtype.name
-        first = self._filled.get(dtype, 0)
+        kinds = (np.dtype(np.int32), pair.dtype.bits, pair.dtype.bits)
+        group = self._groups.setdefault(dtype, Group(*(np.empty(0, kind) for kind in kinds)))
+        first, last = len(group.positions), len(group.positions) + len(positions)
         self.rows.append(Row(name, shape, dtype, block, first, len(positions)))
-        self._filled[dtype] = first + len(positions)
-        new, old = (bit_view(tensor)[positions] for tensor in (pair.finetuned, pair.base))
-        self._arrays.setdefault(dtype, []).append(Group(positions, new, old))
+        for array in group:
+            # Grown in place (the system remaps large arrays), so the parts are never held twice.
+            array.resize(last, refcheck=False)
+        group.positions[first:] = positions
+        self._gather(pair.finetuned, positions, pair.dtype, group.new[first:])
+        self._gather(pair.base, positions, pair.dtype, group.old[first:])
+
+    def _gather(
+        self, tensor: torch.Tensor, positions: Positions, dtype: DType, values: Bits
+    ) -> None:
+        segment = np.array([[tensor.data_ptr(), 0, len(positions)]], np.int64)
+        self._backend.gather(self._backend.table(segment, positions, dtype.item_size), values)
 
     def graft(self, provenance: Provenance) -> Graft:
-        groups = {
-            dtype: Group(*(np.concatenate(column) for column in zip(*arrays, strict=True)))
-            for dtype, arrays in self._arrays.items()
-        }
-        return Graft(self.rows, groups, provenance)
+        return Graft(self.rows, self._groups, provenance)
 
 
 def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], scope: Scope) -> None:
