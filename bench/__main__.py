@@ -1,0 +1,62 @@
+"""Command line: `python -m bench run | table | plot`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench import cases, environment, rows
+from bench.session import Session
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+Results = Annotated[Path, typer.Option(help="Folder of the row files.")]
+
+
+@app.command()
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help="Cases; all by default.")] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny shapes: see that everything works.")] = False,
+    results: Annotated[Path | None, typer.Option(help="Folder for the rows.")] = None,
+) -> None:
+    """Measure, and append rows. Quick rows go to a temporary folder unless one is named."""
+    unknown = set(names or ()) - set(cases.CASES)
+    if unknown:
+        known = ", ".join(cases.CASES)
+        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; known are {known}")
+    folder = results or (Path(tempfile.mkdtemp()) if quick else rows.RESULTS)
+    path = folder / environment.file_name()
+    rows.start(path, environment.describe(quick))
+    for name in names or cases.CASES:
+        with tempfile.TemporaryDirectory() as scratch:
+            cases.load(name)(Session(path, Path(scratch), quick))
+    typer.echo(f"rows in {path}")
+
+
+@app.command()
+def table(
+    results: Results = rows.RESULTS,
+    readme: Annotated[Path, typer.Option(help="The file to render into.")] = Path("README.md"),
+) -> None:
+    """Render the tables of the newest rows between the README's markers."""
+    from bench import tables
+
+    tables.write(readme, *rows.read(rows.newest(results)))
+
+
+@app.command()
+def plot(
+    results: Results = rows.RESULTS,
+    folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("docs/images"),
+) -> None:
+    """Draw the newest rows."""
+    from bench import plots
+
+    for path in plots.draw(folder, *rows.read(rows.newest(results))):
+        typer.echo(str(path))
+
+
+if __name__ == "__main__":
+    app()
