@@ -1,0 +1,160 @@
+"""One way to judge a backend: run a verb on it and on the reference, and compare every bit.
+
+`test_house.py` breaks backends on purpose and checks that these functions notice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hotgraft import _native
+from hotgraft.format import DTYPES, DType
+from hotgraft.kernels import Backend, NanDifferenceError, Pair, Source
+from hotgraft.kernels.native_cpu import INSTRUCTION_SETS, NativeCpu
+from hotgraft.kernels.reference import BACKEND as REFERENCE
+
+# An instruction set that this processor lacks is left out, by name, rather than skipped.
+BACKENDS = [
+    pytest.param(NativeCpu(isa, workers), id=f"cpu-{isa}-{workers}")
+    for code, isa in enumerate(INSTRUCTION_SETS)
+    if isa != "best" and _native.isa_runs_here(code)
+    for workers in (1, 2, 3)
+]
+
+# ---- moves ------------------------------------------------------------------------------------
+
+
+class Stretch(NamedTuple):
+    """One segment to be: `positions` in a run of `cells` items, `gap` items of guard before it."""
+
+    cells: int
+    positions: Sequence[int]
+    gap: int = 1
+    shift: int = 0
+    """Added to every position and taken off the base address: the cells stay where they are."""
+
+
+class Arena:
+    """Segments in one piece of memory with guard items around each, and the table of them."""
+
+    def __init__(self, stretches: Sequence[Stretch], item_size: int, seed: int = 0) -> None:
+        size = sum(s.gap + s.cells for s in stretches) + 8
+        rng = np.random.default_rng(seed)
+        self.memory = rng.integers(0, 256, size * item_size, dtype=np.uint8)
+        self.item_size = item_size
+        segments, first, start = [], 0, 0
+        for s in stretches:
+            start += s.gap
+            base = self.memory.ctypes.data + (start - s.shift) * item_size
+            segments.append([base, first, len(s.positions)])
+            first += len(s.positions)
+            start += s.cells
+        self.segments = np.array(segments, np.int64)
+        self.positions = np.concatenate(
+            [np.asarray(s.positions, np.int64) + s.shift for s in stretches]
+        ).astype(np.int32)
+        self.values = rng.integers(0, 1 << 8 * item_size, first, dtype=f"u{item_size}")
+
+    def table(self, backend: Backend) -> Any:
+        return backend.table(self.segments, self.positions, self.item_size)
+
+
+def guarded(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """A copy of an array inside a larger one, and the larger one."""
+    room = np.full(len(values) + 8, 0xA5, values.dtype)
+    room[4 : 4 + len(values)] = values
+    return room[4 : 4 + len(values)], room
+
+
+def check_moves(backend: Backend, arena: Arena) -> None:
+    """gather, scatter and compare do what the reference's do, and touch nothing else."""
+    mine, judge = arena.table(backend), arena.table(REFERENCE)
+    before = arena.memory.copy()
+
+    wanted, room_wanted = guarded(np.zeros_like(arena.values))
+    found, room = guarded(np.zeros_like(arena.values))
+    REFERENCE.gather(judge, wanted)
+    backend.gather(mine, found)
+    assert room.tobytes() == room_wanted.tobytes()
+    assert backend.compare(mine, found) == (0, -1)
+    assert backend.compare(mine, arena.values) == REFERENCE.compare(judge, arena.values)
+    assert arena.memory.tobytes() == before.tobytes(), "gather and compare only read"
+
+    given, room = guarded(arena.values)
+    room_before = room.copy()
+    REFERENCE.scatter(judge, given)
+    after = arena.memory.copy()
+    arena.memory[:] = before
+    backend.scatter(mine, given)
+    assert arena.memory.tobytes() == after.tobytes()
+    assert room.tobytes() == room_before.tobytes()
+    assert backend.compare(mine, given) == (0, -1)
+
+    wrong = given.copy()
+    wrong[:: max(1, len(wrong) // 3)] ^= 1
+    assert backend.compare(mine, wrong) == REFERENCE.compare(judge, wrong)
+    backend.scatter(mine, found)
+    assert arena.memory.tobytes() == before.tobytes(), "the way back"
+
+
+# ---- select -----------------------------------------------------------------------------------
+
+
+def selection(backend: Backend, pairs: Sequence[Pair], k: int | None) -> list[Any]:
+    """What `select` returns, as bytes a pair, or what it raises."""
+    try:
+        found = backend.select(pairs, k)
+    except NanDifferenceError as error:
+        return ["nan", *error.args]
+    assert all(positions.dtype == np.int32 for positions in found)
+    return [positions.tobytes() for positions in found]
+
+
+def check_select(backend: Backend, pairs: Sequence[Pair], k: int | None) -> None:
+    """The same positions of each pair, or the same NaN refused."""
+    assert selection(backend, pairs, k) == selection(REFERENCE, pairs, k)
+
+
+# ---- merge and round --------------------------------------------------------------------------
+
+
+def check_merge(
+    backend: Backend,
+    sources: Sequence[Source],
+    ranges: npt.NDArray[np.int64],
+    dtype: DType,
+    policy: str,
+    order: Sequence[int],
+) -> None:
+    """The same union, bits, counts and places. After an overflow `new` is not looked at."""
+    before = copy.deepcopy(list(sources))
+    found = backend.merge(sources, ranges, dtype, policy, order)
+    wanted = REFERENCE.merge(sources, ranges, dtype, policy, order)
+    for name in wanted._fields:
+        if name == "new" and wanted.overflows:
+            continue
+        mine, judge = getattr(found, name), getattr(wanted, name)
+        if isinstance(judge, np.ndarray):
+            assert (mine.dtype, mine.shape) == (judge.dtype, judge.shape), name
+            assert mine.tobytes() == judge.tobytes(), name
+        else:
+            assert mine == judge, name
+    for source, copied in zip(sources, before, strict=True):
+        for mine, theirs in zip(source[:3], copied[:3], strict=True):
+            assert mine.tobytes() == theirs.tobytes(), "merge only reads its sources"
+
+
+def check_round(backend: Backend, values: npt.NDArray[Any], source: str, target: str) -> None:
+    """The same bits and the same count of overflows."""
+    found, overflows = backend.round(values, DTYPES[source], DTYPES[target])
+    wanted, wanted_overflows = REFERENCE.round(values, DTYPES[source], DTYPES[target])
+    assert found.dtype == wanted.dtype
+    different = np.flatnonzero(found != wanted)
+    shown = [(hex(values[i]), hex(found[i]), hex(wanted[i])) for i in different[:3]]
+    assert not len(different), f"{source} to {target}: (value, found, wanted) {shown}"
+    assert overflows == wanted_overflows
