@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hotgraft import _native
 
 from bench import floor
-from hotgraft import _native
 
 PACKAGES = ("hotgraft", "torch", "numpy", "safetensors", "peft")
 _ROOT = Path(__file__).resolve().parents[1]

@@ -8,15 +8,16 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from hotgraft import Graft
 
+Call = Callable[[], None]
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 SPINS = 20_000
 """Turns that a helper waits awake for the next job: some half a millisecond."""
@@ -87,8 +88,16 @@ class Table:
             [(tensors[row.name].data_ptr(), row.first, row.count) for row in graft.rows], np.int64
         )
 
-    def _arguments(self, values: npt.NDArray[Any], workers: int) -> tuple[int, ...]:
-        return (
+    def scatter(self, values: npt.NDArray[Any], workers: int) -> Call:
+        """What writes `values` into the cells, ready to be called."""
+        return self._ready(library().floor_scatter, values, workers)
+
+    def gather(self, values: npt.NDArray[Any], workers: int) -> Call:
+        """What reads the cells into `values`, ready to be called."""
+        return self._ready(library().floor_gather, values, workers)
+
+    def _ready(self, function: Callable[..., None], values: npt.NDArray[Any], workers: int) -> Call:
+        arguments = (
             self._segments.ctypes.data,
             len(self._segments),
             self._positions.ctypes.data,
@@ -96,14 +105,12 @@ class Table:
             self.n,
             workers,
         )
+        alive = (self, values)  # native code sees addresses only
 
-    def scatter(self, values: npt.NDArray[Any], workers: int) -> functools.partial[None]:
-        """What writes `values` into the cells, ready to be called."""
-        return functools.partial(library().floor_scatter, *self._arguments(values, workers))
+        def call(_alive: object = alive) -> None:
+            function(*arguments)
 
-    def gather(self, values: npt.NDArray[Any], workers: int) -> functools.partial[None]:
-        """What reads the cells into `values`, ready to be called."""
-        return functools.partial(library().floor_gather, *self._arguments(values, workers))
+        return call
 
 
 def spin(ready: bool) -> None:

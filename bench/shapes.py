@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from hotgraft import Graft
 from hotgraft.graft import Entries
 
@@ -137,7 +137,7 @@ def spread(entries: int, sizes: list[int]) -> list[int]:
     """
     edges = [0, *np.cumsum(sizes).tolist()]
     at = [edge * entries // edges[-1] for edge in edges]
-    return [end - begin for begin, end in zip(at, at[1:], strict=False)]
+    return [end - begin for begin, end in itertools.pairwise(at)]
 
 
 def graft(tensors: dict[str, torch.Tensor], entries: int, seed: int) -> Graft:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import hotgraft
 import numpy as np
 import torch
+from hotgraft import Graft, Host
 
-import hotgraft
 from bench import floor
 from bench.timing import Contender
-from hotgraft import Graft, Host
 
 ACTIVATE, SWITCH, DEACTIVATE = "activate", "A to B", "deactivate"
 

@@ -126,14 +126,17 @@ py::tuple compare(const Table& table, const py::array& values, int workers) {
     return py::make_tuple(mismatch.count, mismatch.first);
 }
 
-Int32s difference(std::uintptr_t a, std::uintptr_t b, std::int64_t n, int item_size, int workers) {
+Int32s difference(std::uintptr_t a, std::uintptr_t b, std::int64_t n, int item_size, int workers,
+                  int isa) {
     require(is_item_size(item_size), "item_size must be 1, 2, 4 or 8");
     require(n >= 0 && n <= (std::int64_t{1} << 31), "n must be in [0, 2^31]: split larger tensors");
+    const auto instructions = instruction_set(isa);
     std::vector<std::vector<std::int32_t>> found;
     std::int64_t total = 0;
     {
         py::gil_scoped_release released;
-        found = cpu::difference(address(a), address(b), n, item_size, workers_or_all(workers));
+        found = cpu::difference(address(a), address(b), n, item_size, workers_or_all(workers),
+                                instructions);
         for (const auto& piece : found) total += static_cast<std::int64_t>(piece.size());
     }
     Int32s positions(total);
@@ -286,7 +289,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("scatter", &scatter, py::arg("table"), py::arg("values"), py::arg("workers") = 0);
     m.def("compare", &compare, py::arg("table"), py::arg("values"), py::arg("workers") = 0);
     m.def("difference", &difference, py::arg("a"), py::arg("b"), py::arg("n"), py::arg("item_size"),
-          py::arg("workers") = 0);
+          py::arg("workers") = 0, py::arg("isa") = 0);
     m.def("count_scores", &count_scores, py::arg("type"), py::arg("a"), py::arg("b"), py::arg("n"),
           py::arg("shift"), py::arg("prefix"), py::arg("k"), py::arg("counts").noconvert(),
           py::arg("isa") = 0);

@@ -121,24 +121,30 @@ bool isa_runs_here(Isa isa) {
 }
 
 std::vector<std::vector<std::int32_t>> difference(const void* a, const void* b, std::int64_t n,
-                                                  int item_size, int workers) {
+                                                  int item_size, int workers, Isa isa) {
     std::vector<std::vector<std::int32_t>> found((n + piece - 1) / piece);
     const auto run = [&](auto zero) {
         using T = decltype(zero);
         const T* left = static_cast<const T*>(a);
         const T* right = static_cast<const T*>(b);
-        const auto any_differs = pick_any_differs<T>(resolve(Isa::best));
+        const auto any_differs = pick_any_differs<T>(resolve(isa));
         parallel_for(n, piece, workers, [&](std::int64_t begin, std::int64_t end, int) {
             std::vector<std::int32_t>& here = found[begin / piece];
-            const auto look = [&](std::int64_t i) {
-                if (left[i] != right[i]) here.push_back(static_cast<std::int32_t>(i));
+            // Without a branch an item: every position is noted, and kept if the bits differ.
+            std::int32_t hits[block];
+            const auto look = [&](std::int64_t i, std::int64_t count) {
+                int n = 0;
+                for (std::int64_t j = i; j < i + count; ++j) {
+                    hits[n] = static_cast<std::int32_t>(j);
+                    n += left[j] != right[j];
+                }
+                here.insert(here.end(), hits, hits + n);
             };
             std::int64_t i = begin;
             for (; i + block <= end; i += block) {
-                if (!any_differs(left + i, right + i)) continue;
-                for (int j = 0; j < block; ++j) look(i + j);
+                if (any_differs(left + i, right + i)) look(i, block);
             }
-            for (; i < end; ++i) look(i);
+            look(i, end - i);
         });
     };
     switch (item_size) {

@@ -22,7 +22,7 @@ bool isa_runs_here(Isa isa);
 
 // Ascending positions in [0, n), n <= 2^31, at which the items' bits differ, a vector a piece.
 std::vector<std::vector<std::int32_t>> difference(const void* a, const void* b, std::int64_t n,
-                                                  int item_size, int workers);
+                                                  int item_size, int workers, Isa isa);
 
 constexpr int bin_bits = 16;
 

@@ -53,7 +53,8 @@ class NativeCpu:
     def select(self, pairs: Iterable[Pair], k: int | None) -> list[Positions]:
         if k is None:
             return [
-                _native.difference(*_addresses(p), p.dtype.item_size, self._workers) for p in pairs
+                _native.difference(*_addresses(p), p.dtype.item_size, self._workers, self._isa)
+                for p in pairs
             ]
         bound = self._bound(pairs, k)
         if bound is None:

@@ -239,7 +239,7 @@ def tensor_bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def _score(pair: Pair, position: int) -> float:
     a, b = pair.base[position], pair.finetuned[position]
     if not pair.dtype.torch.is_floating_point:
-        return float(abs(int(a) - int(b)))
+        return float(abs(int(a.numpy()) - int(b.numpy())))
     if pair.dtype.item_size <= 2:
         return abs((a.float() - b.float()).item())
     return abs((a.double() - b.double()).item())
