@@ -155,7 +155,8 @@ std::int64_t count_scores(int type, std::uintptr_t a, std::uintptr_t b, std::int
     require(counts.ndim() == 2 && counts.shape(0) > 0 && counts.shape(1) == counts_width,
             "counts must be int64[workers][" + std::to_string(counts_width) + "]");
     require(k > 0 && n >= 0 && n <= (std::int64_t{1} << 31), "k must be positive, n in [0, 2^31]");
-    require(shift >= 0 && shift <= 48 && shift % cpu::bin_bits == 0, "shift must be 48, 32, 16 or 0");
+    require(shift >= 0 && shift <= 48 && shift % cpu::bin_bits == 0,
+            "shift must be 48, 32, 16 or 0");
     const auto value = value_type(type);
     const auto instructions = instruction_set(isa);
     auto* state = reinterpret_cast<cpu::ScoreCounts*>(counts.mutable_data());
@@ -165,8 +166,8 @@ std::int64_t count_scores(int type, std::uintptr_t a, std::uintptr_t b, std::int
                              instructions);
 }
 
-py::tuple collect(int type, std::uintptr_t a, std::uintptr_t b, std::int64_t n, std::uint64_t lowest,
-                  std::int64_t ties, int workers, int isa) {
+py::tuple collect(int type, std::uintptr_t a, std::uintptr_t b, std::int64_t n,
+                  std::uint64_t lowest, std::int64_t ties, int workers, int isa) {
     require(n >= 0 && n <= (std::int64_t{1} << 31), "n must be in [0, 2^31]: split larger tensors");
     require(ties >= 0, "ties must not be negative");
     const auto value = value_type(type);
@@ -175,8 +176,8 @@ py::tuple collect(int type, std::uintptr_t a, std::uintptr_t b, std::int64_t n, 
     std::int64_t total = 0;
     {
         py::gil_scoped_release released;
-        found = cpu::collect(value, address(a), address(b), n, lowest, ties, workers_or_all(workers),
-                             instructions);
+        found = cpu::collect(value, address(a), address(b), n, lowest, ties,
+                             workers_or_all(workers), instructions);
         for (const auto& piece : found) total += static_cast<std::int64_t>(piece.keys.size());
     }
     Int32s positions(total);
@@ -207,6 +208,7 @@ py::tuple merge(const py::list& inputs, Int64s ranges, int type, int policy, Int
     require(order.ndim() == 1 && order.shape(0) == k, "order must be int64[sources]");
     std::vector<cpu::Source> sources;
     std::vector<std::int64_t> sizes;
+    std::vector<Int32s> kept;  // the cast may have made a contiguous copy
     for (const py::handle& item : inputs) {
         const auto [positions, fresh, old, weight] =
             item.cast<std::tuple<Int32s, py::array, py::array, double>>();
@@ -218,6 +220,7 @@ py::tuple merge(const py::list& inputs, Int64s ranges, int type, int policy, Int
         }
         sources.push_back({positions.data(), fresh.data(), old.data(), weight});
         sizes.push_back(positions.shape(0));
+        kept.push_back(positions);
     }
     const std::int64_t rows = ranges.shape(0);
     const auto* spans = reinterpret_cast<const cpu::Range*>(ranges.data());
@@ -299,9 +302,12 @@ PYBIND11_MODULE(_native, m) {
           py::arg("policy"), py::arg("order").noconvert(), py::arg("workers") = 0);
     m.def("round", &round_values, py::arg("from_type"), py::arg("values"), py::arg("to_type"));
     m.def("max_workers", &cpu::max_workers);
-    m.def("isa_runs_here", [](int isa) {
-        return isa >= 0 && isa <= 3 && cpu::isa_runs_here(static_cast<cpu::Isa>(isa));
-    }, py::arg("isa"));
+    m.def(
+        "isa_runs_here",
+        [](int isa) {
+            return isa >= 0 && isa <= 3 && cpu::isa_runs_here(static_cast<cpu::Isa>(isa));
+        },
+        py::arg("isa"));
     m.attr("COUNTS_WIDTH") = counts_width;
     m.attr("COMPILER") = __VERSION__;
     m.attr("CUDA") = py::none();  // the CUDA toolkit's version, once csrc/cuda is built in

@@ -25,7 +25,7 @@ struct Segment {
 static_assert(sizeof(Segment) == 24, "Python builds this layout as int64[n][3]");
 
 struct Table {
-    const Segment* segments;        // [n_segments], ascending and gap-free in `first`
+    const Segment* segments;  // [n_segments], ascending and gap-free in `first`
     std::int64_t n_segments;
     const std::int32_t* positions;  // [n_entries]
     std::int64_t n_entries;

@@ -3,7 +3,8 @@
 // Only `select`, `merge` and `round` look at values. Widening is exact.
 // `encode` rounds a double to the nearest value of the type, ties to even, in
 // one step: going through float first would round twice
-// (1 + 2^-8 + 2^-40 is 1.0078125 in bf16, but 1.0 by way of float).
+// (1 + 2^-8 + 2^-40 is 1.0078125 in bf16, but 1.0 by way of float). A NaN becomes the quiet NaN of
+// its sign, on every machine the same.
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,8 @@ HOTGRAFT_HD inline std::uint32_t encode_small(double x) {
     constexpr std::uint32_t infinity = ((1u << ExponentBits) - 1) << MantissaBits;
     constexpr std::uint64_t hidden = 1ull << 52;
     const std::uint64_t bits = bit_cast<std::uint64_t>(x);
-    const std::uint32_t sign = static_cast<std::uint32_t>(bits >> 63) << (ExponentBits + MantissaBits);
+    const std::uint32_t sign = static_cast<std::uint32_t>(bits >> 63)
+                               << (ExponentBits + MantissaBits);
     const int biased = static_cast<int>((bits >> 52) & 0x7ff);
     const std::uint64_t mantissa = bits & (hidden - 1);
     if (biased == 0x7ff) {
@@ -66,9 +68,7 @@ struct BFloat16 {
     HOTGRAFT_HD static float decode(Bits bits) {
         return bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
     }
-    HOTGRAFT_HD static Bits encode(double x) {
-        return static_cast<Bits>(encode_small<8, 7>(x));
-    }
+    HOTGRAFT_HD static Bits encode(double x) { return static_cast<Bits>(encode_small<8, 7>(x)); }
 };
 
 struct Float16 {
@@ -84,9 +84,7 @@ struct Float16 {
         wide = (bits & 0x7c00u) == 0x7c00u ? body | 0x7f800000u : wide;
         return bit_cast<float>(wide | sign);
     }
-    HOTGRAFT_HD static Bits encode(double x) {
-        return static_cast<Bits>(encode_small<5, 10>(x));
-    }
+    HOTGRAFT_HD static Bits encode(double x) { return static_cast<Bits>(encode_small<5, 10>(x)); }
 };
 
 struct Float32 {
@@ -94,6 +92,7 @@ struct Float32 {
     using Wide = double;
     HOTGRAFT_HD static double decode(Bits bits) { return bit_cast<float>(bits); }
     HOTGRAFT_HD static Bits encode(double x) {
+        if (x != x) return bit_cast<std::uint64_t>(x) >> 63 ? 0xffc00000u : 0x7fc00000u;
         return bit_cast<Bits>(static_cast<float>(x));  // one IEEE conversion, to nearest even
     }
 };
@@ -102,7 +101,10 @@ struct Float64 {
     using Bits = std::uint64_t;
     using Wide = double;
     HOTGRAFT_HD static double decode(Bits bits) { return bit_cast<double>(bits); }
-    HOTGRAFT_HD static Bits encode(double x) { return bit_cast<Bits>(x); }
+    HOTGRAFT_HD static Bits encode(double x) {
+        const Bits bits = bit_cast<Bits>(x);
+        return x == x ? bits : (bits & 1ull << 63) | 0x7ff8000000000000ull;
+    }
 };
 
 // fp8 is stored with a scale kept elsewhere, so it has no `encode`: it is moved and ranked only.
@@ -154,7 +156,20 @@ HOTGRAFT_HD inline double score(typename V::Bits a, typename V::Bits b) {
 }
 
 enum class ValueType : std::int32_t {
-    bf16, f16, f32, f64, f8_e4m3, f8_e5m2, i8, i16, i32, i64, u8, u16, u32, u64,
+    bf16,
+    f16,
+    f32,
+    f64,
+    f8_e4m3,
+    f8_e5m2,
+    i8,
+    i16,
+    i32,
+    i64,
+    u8,
+    u16,
+    u32,
+    u64,
 };
 
 // Calls f with the value type's description; returns what f returns.

@@ -28,7 +28,8 @@ void walk(const std::vector<Source>& sources, const Range* ranges, F&& f) {
         // A linear minimum: k is a handful, and a heap would cost more.
         std::int64_t lowest = INT64_MAX;
         for (std::size_t i = 0; i < k; ++i) {
-            if (next[i] < stop[i]) lowest = std::min<std::int64_t>(lowest, sources[i].positions[next[i]]);
+            if (next[i] < stop[i])
+                lowest = std::min<std::int64_t>(lowest, sources[i].positions[next[i]]);
         }
         if (lowest == INT64_MAX) return;
         cover.clear();
@@ -74,7 +75,8 @@ typename V::Bits combine(const std::vector<Source>& sources, const std::vector<C
     const double base = V::decode(old_bits<Bits>(sources[cover[0].source], cover[0].entry));
     const auto d = [&](const Cover& c) {
         const Source& source = sources[c.source];
-        return source.weight * (static_cast<double>(V::decode(fresh_bits<Bits>(source, c.entry))) - base);
+        return source.weight *
+               (static_cast<double>(V::decode(fresh_bits<Bits>(source, c.entry))) - base);
     };
     double sum = 0;
     for (const Cover& c : cover) sum += d(c);
@@ -137,51 +139,53 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
             std::vector<Bits> results;
             for (std::int64_t row = begin; row < end; ++row) {
                 std::int64_t out = offsets[row];
-                walk(sources, ranges + row * k, [&](std::int32_t position, const std::vector<Cover>& cover) {
-                    const Bits base = old_bits<Bits>(sources[cover[0].source], cover[0].entry);
-                    bool same_base = true;
-                    for (const Cover& c : cover) same_base &= old_bits<Bits>(sources[c.source], c.entry) == base;
-                    if (!same_base) {
-                        ++mine.base_mismatches;
-                        lower(mine.first_base_mismatch, row, position);
-                    }
-                    bool finite = true;
-                    Bits result = base;
-                    if (cover.size() == 1) {
-                        result = alone<V>(sources[cover[0].source], cover[0].entry, finite);
-                    } else if (policy == Policy::priority) {
-                        const Cover* winner = &cover[0];
-                        for (const Cover& c : cover) {
-                            if (order[c.source] > order[winner->source]) winner = &c;
-                        }
-                        result = alone<V>(sources[winner->source], winner->entry, finite);
-                    } else if (policy == Policy::refuse) {
-                        results.clear();
-                        for (const Cover& c : cover) {
-                            bool one = true;
-                            results.push_back(alone<V>(sources[c.source], c.entry, one));
-                            finite &= one;
-                        }
-                        result = results[0];
-                        for (std::size_t i = 0; i < cover.size(); ++i) {
-                            for (std::size_t j = i + 1; j < cover.size(); ++j) {
-                                if (results[i] != results[j]) {
-                                    ++mine.conflicts[cover[i].source * k + cover[j].source];
-                                }
-                            }
-                        }
-                    } else if constexpr (std::is_floating_point_v<typename V::Wide>) {
-                        result = combine<V>(sources, cover, policy, finite);
-                    }
-                    if (!finite) {
-                        ++mine.overflows;
-                        lower(mine.first_overflow, row, position);
-                    }
-                    positions[out] = position;
-                    static_cast<Bits*>(fresh)[out] = result;
-                    static_cast<Bits*>(old)[out] = base;
-                    ++out;
-                });
+                walk(sources, ranges + row * k,
+                     [&](std::int32_t position, const std::vector<Cover>& cover) {
+                         const Bits base = old_bits<Bits>(sources[cover[0].source], cover[0].entry);
+                         bool same_base = true;
+                         for (const Cover& c : cover)
+                             same_base &= old_bits<Bits>(sources[c.source], c.entry) == base;
+                         if (!same_base) {
+                             ++mine.base_mismatches;
+                             lower(mine.first_base_mismatch, row, position);
+                         }
+                         bool finite = true;
+                         Bits result = base;
+                         if (cover.size() == 1) {
+                             result = alone<V>(sources[cover[0].source], cover[0].entry, finite);
+                         } else if (policy == Policy::priority) {
+                             const Cover* winner = &cover[0];
+                             for (const Cover& c : cover) {
+                                 if (order[c.source] > order[winner->source]) winner = &c;
+                             }
+                             result = alone<V>(sources[winner->source], winner->entry, finite);
+                         } else if (policy == Policy::refuse) {
+                             results.clear();
+                             for (const Cover& c : cover) {
+                                 bool one = true;
+                                 results.push_back(alone<V>(sources[c.source], c.entry, one));
+                                 finite &= one;
+                             }
+                             result = results[0];
+                             for (std::size_t i = 0; i < cover.size(); ++i) {
+                                 for (std::size_t j = i + 1; j < cover.size(); ++j) {
+                                     if (results[i] != results[j]) {
+                                         ++mine.conflicts[cover[i].source * k + cover[j].source];
+                                     }
+                                 }
+                             }
+                         } else if constexpr (std::is_floating_point_v<typename V::Wide>) {
+                             result = combine<V>(sources, cover, policy, finite);
+                         }
+                         if (!finite) {
+                             ++mine.overflows;
+                             lower(mine.first_overflow, row, position);
+                         }
+                         positions[out] = position;
+                         static_cast<Bits*>(fresh)[out] = result;
+                         static_cast<Bits*>(old)[out] = base;
+                         ++out;
+                     });
             }
             std::lock_guard<std::mutex> lock(mutex);
             for (std::int64_t i = 0; i < k * k; ++i) total.conflicts[i] += mine.conflicts[i];
@@ -200,11 +204,16 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
         case ValueType::f16: run(Float16{}); break;
         case ValueType::f32: run(Float32{}); break;
         case ValueType::f64: run(Float64{}); break;
-        case ValueType::i8: case ValueType::u8: case ValueType::f8_e4m3: case ValueType::f8_e5m2:
-            run(Integer<std::uint8_t>{}); break;
-        case ValueType::i16: case ValueType::u16: run(Integer<std::uint16_t>{}); break;
-        case ValueType::i32: case ValueType::u32: run(Integer<std::uint32_t>{}); break;
-        case ValueType::i64: case ValueType::u64: run(Integer<std::uint64_t>{}); break;
+        case ValueType::i8:
+        case ValueType::u8:
+        case ValueType::f8_e4m3:
+        case ValueType::f8_e5m2: run(Integer<std::uint8_t>{}); break;
+        case ValueType::i16:
+        case ValueType::u16: run(Integer<std::uint16_t>{}); break;
+        case ValueType::i32:
+        case ValueType::u32: run(Integer<std::uint32_t>{}); break;
+        case ValueType::i64:
+        case ValueType::u64: run(Integer<std::uint64_t>{}); break;
     }
     return total;
 }

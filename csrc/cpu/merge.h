@@ -2,9 +2,9 @@
 //
 // Inputs are flat arrays a graft; `ranges` says where in them each union row lies. Within a row
 // positions ascend and are unique. Policies and their arithmetic are those of docs/design.md: a
-// position that is covered once at weight 1 (and a `priority` winner, and equal bits under `refuse`)
-// is a copy of the bits; everything else is summed in double, in the order of the inputs, and
-// rounded once. Nothing is written when a position cannot be resolved; the report says why.
+// position that is covered once at weight 1 (and a `priority` winner, and equal bits under
+// `refuse`) is a copy of the bits; everything else is summed in double, in the order of the inputs,
+// and rounded once. Nothing is written when a position cannot be resolved; the report says why.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ struct MergeReport {
                                           // disagree under `refuse`
     std::int64_t base_mismatches = 0;     // entries on which the sources' old bits differ
     Place first_base_mismatch;
-    std::int64_t overflows = 0;           // entries whose resolved value is not finite
+    std::int64_t overflows = 0;  // entries whose resolved value is not finite
     Place first_overflow;
 };
 
@@ -52,8 +52,8 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
                   const std::int64_t* order, std::int32_t* positions, void* fresh, void* old,
                   int workers);
 
-// Converts n floating values between types, each rounded once. Returns how many finite values became
-// infinite.
+// Converts n floating values between types, each rounded once. Returns how many finite values
+// became infinite.
 std::int64_t round(ValueType from, const void* in, ValueType to, void* out, std::int64_t n);
 
 }  // namespace hotgraft::cpu

@@ -9,13 +9,14 @@
 namespace hotgraft::cpu {
 namespace {
 
-// Entries that run ahead of the one being moved, so that its cache line and page walk are under way.
+// Entries that run ahead of the one being moved, so that its cache line and page walk are under
+// way.
 constexpr std::int64_t lookahead = 32;
 // Entries a thread claims at a time: some 10 us of work.
 constexpr std::int64_t grain = 4096;
 
-// Applies `element` to the entries [begin, end). A second cursor walks `lookahead` entries in front,
-// across segments, and prefetches.
+// Applies `element` to the entries [begin, end). A second cursor walks `lookahead` entries in
+// front, across segments, and prefetches.
 template <class T, class Element>
 void visit(const Table& table, std::int64_t begin, std::int64_t end, Element& element) {
     const std::int32_t* positions = table.positions;
@@ -44,7 +45,8 @@ void visit(const Table& table, std::int64_t begin, std::int64_t end, Element& el
         const std::int64_t last = entry + run;
         if (front < end) {
             for (; entry < last; ++entry) {
-                __builtin_prefetch(base_ahead + positions[entry + distance], Element::writes ? 1 : 0, 3);
+                __builtin_prefetch(base_ahead + positions[entry + distance],
+                                   Element::writes ? 1 : 0, 3);
                 element(base + positions[entry], entry);
             }
             front += run;
@@ -69,20 +71,22 @@ void dispatch_size(int item_size, F&& f) {
 void gather(const Table& table, int item_size, void* values, int workers) {
     dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
-        parallel_for(table.n_entries, grain, workers, [&](std::int64_t begin, std::int64_t end, int) {
-            Gather<T> element{static_cast<T*>(values)};
-            visit<T>(table, begin, end, element);
-        });
+        parallel_for(table.n_entries, grain, workers,
+                     [&](std::int64_t begin, std::int64_t end, int) {
+                         Gather<T> element{static_cast<T*>(values)};
+                         visit<T>(table, begin, end, element);
+                     });
     });
 }
 
 void scatter(const Table& table, int item_size, const void* values, int workers) {
     dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
-        parallel_for(table.n_entries, grain, workers, [&](std::int64_t begin, std::int64_t end, int) {
-            Scatter<T> element{static_cast<const T*>(values)};
-            visit<T>(table, begin, end, element);
-        });
+        parallel_for(table.n_entries, grain, workers,
+                     [&](std::int64_t begin, std::int64_t end, int) {
+                         Scatter<T> element{static_cast<const T*>(values)};
+                         visit<T>(table, begin, end, element);
+                     });
     });
 }
 
@@ -91,15 +95,16 @@ Mismatch compare(const Table& table, int item_size, const void* values, int work
     std::mutex mutex;
     dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
-        parallel_for(table.n_entries, grain, workers, [&](std::int64_t begin, std::int64_t end, int) {
-            Compare<T> element{static_cast<const T*>(values)};
-            visit<T>(table, begin, end, element);
-            if (element.mismatches) {
-                std::lock_guard<std::mutex> lock(mutex);
-                total.count += element.mismatches;
-                total.first = std::min(total.first, element.first);
-            }
-        });
+        parallel_for(table.n_entries, grain, workers,
+                     [&](std::int64_t begin, std::int64_t end, int) {
+                         Compare<T> element{static_cast<const T*>(values)};
+                         visit<T>(table, begin, end, element);
+                         if (element.mismatches) {
+                             std::lock_guard<std::mutex> lock(mutex);
+                             total.count += element.mismatches;
+                             total.first = std::min(total.first, element.first);
+                         }
+                     });
     });
     if (!total.count) total.first = -1;
     return total;

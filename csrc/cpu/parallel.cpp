@@ -9,6 +9,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -20,10 +21,10 @@ struct Job {
     int workers;
     const std::function<void(std::int64_t, std::int64_t, int)>* body;
     std::atomic<std::int64_t> next{0};
-    std::atomic<std::int64_t> done{0};   // items finished
-    std::atomic<int> joined{1};          // workers that took part; the caller is worker 0
+    std::atomic<std::int64_t> done{0};  // items finished
+    std::atomic<int> joined{1};         // workers that took part; the caller is worker 0
     std::mutex mutex;
-    std::exception_ptr error;            // the first one thrown in a piece
+    std::exception_ptr error;  // the first one thrown in a piece
 
     void work(int worker) {
         for (;;) {
@@ -48,10 +49,7 @@ class Pool {
     void run(const std::shared_ptr<Job>& job) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(threads_) < job->workers - 1) {
-                std::thread([this] { serve(); }).detach();
-                ++threads_;
-            }
+            grow(job->workers - 1);
             job_ = job;
             ++generation_;
         }
@@ -63,6 +61,14 @@ class Pool {
     }
 
   private:
+    // A thread that cannot be had is no failure: the caller then does more of the work itself.
+    void grow(int wanted) {
+        try {
+            for (; threads_ < wanted; ++threads_) std::thread([this] { serve(); }).detach();
+        } catch (const std::system_error&) {
+        }
+    }
+
     void serve() {
         std::uint64_t seen = 0;
         for (;;) {
@@ -82,7 +88,7 @@ class Pool {
     std::condition_variable wake_;
     std::shared_ptr<Job> job_;
     std::uint64_t generation_ = 0;
-    std::size_t threads_ = 0;
+    int threads_ = 0;
 };
 
 // Never destroyed: its threads are detached and may outlive static destructors. A forked child has

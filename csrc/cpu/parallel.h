@@ -9,9 +9,10 @@ namespace hotgraft::cpu {
 // Cores this process may run on.
 int max_workers();
 
-// Calls body(begin, end, worker) on pieces of [0, n), each of `grain` items but the last, from up to
-// `workers` threads, the calling one among them; returns when all are done. Pieces are claimed in
-// ascending order; an exception in a piece is rethrown once all are done. `worker` is in [0, workers). With n <= grain everything runs on the caller.
+// Calls body(begin, end, worker) on pieces of [0, n), each of `grain` items but the last, from up
+// to `workers` threads, the calling one among them; returns when all are done. Pieces are claimed
+// in ascending order; an exception in a piece is rethrown once all are done. `worker` is in [0,
+// workers). With n <= grain everything runs on the caller.
 void parallel_for(std::int64_t n, std::int64_t grain, int workers,
                   const std::function<void(std::int64_t, std::int64_t, int)>& body);
 

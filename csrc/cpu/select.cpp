@@ -16,9 +16,9 @@ constexpr int block = 64;                 // entries tested together before one 
 #define HOTGRAFT_INLINE inline __attribute__((always_inline))
 
 // ---- the streaming tests -----------------------------------------------------------------------
-// Each is one generic loop without branches that the compiler vectorises, instantiated once for each
-// instruction set. `any_differs`: some item's bits differ. `any_reaches`: some entry's bits differ
-// and its score is not below the threshold (a NaN score is not below anything).
+// Each is one generic loop without branches that the compiler vectorises, instantiated once for
+// each instruction set. `any_differs`: some item's bits differ. `any_reaches`: some entry's bits
+// differ and its score is not below the threshold (a NaN score is not below anything).
 
 template <class T>
 HOTGRAFT_INLINE bool any_differs_body(const T* a, const T* b) {
@@ -38,21 +38,22 @@ HOTGRAFT_INLINE bool any_reaches_body(const typename V::Bits* a, const typename 
         std::uint32_t reached = 0;
         for (int i = 0; i < block; ++i) {
             const bool below = std::fabs(V::decode(a[i]) - V::decode(b[i])) < least;
-            reached |= static_cast<std::uint32_t>(!below) & static_cast<std::uint32_t>(a[i] != b[i]);
+            reached |=
+                static_cast<std::uint32_t>(!below) & static_cast<std::uint32_t>(a[i] != b[i]);
         }
         return reached != 0;
     }
 }
 
-#define HOTGRAFT_ISA(suffix, attribute)                                                            \
-    template <class T>                                                                             \
-    attribute bool any_differs_##suffix(const T* a, const T* b) {                                  \
-        return any_differs_body(a, b);                                                             \
-    }                                                                                              \
-    template <class V>                                                                             \
-    attribute bool any_reaches_##suffix(const typename V::Bits* a, const typename V::Bits* b,      \
-                                        double threshold) {                                        \
-        return any_reaches_body<V>(a, b, threshold);                                               \
+#define HOTGRAFT_ISA(suffix, attribute)                                                       \
+    template <class T>                                                                        \
+    attribute bool any_differs_##suffix(const T* a, const T* b) {                             \
+        return any_differs_body(a, b);                                                        \
+    }                                                                                         \
+    template <class V>                                                                        \
+    attribute bool any_reaches_##suffix(const typename V::Bits* a, const typename V::Bits* b, \
+                                        double threshold) {                                   \
+        return any_reaches_body<V>(a, b, threshold);                                          \
     }
 
 HOTGRAFT_ISA(scalar, )
@@ -91,8 +92,8 @@ auto pick_any_reaches(Isa isa) {
 // Calls f(position, key) for the entries of [begin, end) whose bits differ, ascending, passing over
 // blocks in which none scores `threshold()` bits or more; what f gets may still be below it.
 template <class V, class Threshold, class F>
-void scan(const typename V::Bits* a, const typename V::Bits* b, std::int64_t begin, std::int64_t end,
-          Isa isa, Threshold&& threshold, F&& f) {
+void scan(const typename V::Bits* a, const typename V::Bits* b, std::int64_t begin,
+          std::int64_t end, Isa isa, Threshold&& threshold, F&& f) {
     const auto any_reaches = pick_any_reaches<V>(isa);
     const auto look = [&](std::int64_t i) {
         if (a[i] != b[i]) f(i, bit_cast<std::uint64_t>(score<V>(a[i], b[i])));
@@ -170,18 +171,19 @@ std::int64_t count_scores(ValueType type, const void* a, const void* b, std::int
             ScoreCounts& mine = counts[worker];
             std::int64_t nan_here = INT64_MAX;
             const auto threshold = [&] { return ((prefix << bin_bits) | mine.floor) << shift; };
-            scan<V>(left, right, begin, end, isa, threshold, [&](std::int64_t i, std::uint64_t key) {
-                if (key > infinity_key) nan_here = std::min(nan_here, i);
-                const std::uint64_t digits = key >> shift;
-                if (digits >> bin_bits != prefix) return;
-                const std::uint64_t bin = digits & ((1u << bin_bits) - 1);
-                if (bin < mine.floor) return;
-                ++mine.bins[bin];
-                ++mine.counted;
-                while (mine.counted - mine.bins[mine.floor] >= k) {
-                    mine.counted -= mine.bins[mine.floor++];
-                }
-            });
+            scan<V>(left, right, begin, end, isa, threshold,
+                    [&](std::int64_t i, std::uint64_t key) {
+                        if (key > infinity_key) nan_here = std::min(nan_here, i);
+                        const std::uint64_t digits = key >> shift;
+                        if (digits >> bin_bits != prefix) return;
+                        const std::uint64_t bin = digits & ((1u << bin_bits) - 1);
+                        if (bin < mine.floor) return;
+                        ++mine.bins[bin];
+                        ++mine.counted;
+                        while (mine.counted - mine.bins[mine.floor] >= k) {
+                            mine.counted -= mine.bins[mine.floor++];
+                        }
+                    });
             if (nan_here != INT64_MAX) {
                 std::lock_guard<std::mutex> lock(mutex);
                 first_nan = std::min(first_nan, nan_here);
@@ -207,13 +209,14 @@ std::vector<Scored> collect(ValueType type, const void* a, const void* b, std::i
                 Scored& here = found[begin / piece];
                 std::int64_t ties_here = 0;
                 const std::uint64_t threshold = lowest + (ties > 0 ? 0 : 1);
-                scan<V>(left, right, begin, end, isa, [&] { return threshold; },
-                        [&](std::int64_t i, std::uint64_t key) {
-                            if (key < threshold) return;
-                            if (key == lowest && ++ties_here > ties) return;
-                            here.positions.push_back(static_cast<std::int32_t>(i));
-                            here.keys.push_back(key);
-                        });
+                scan<V>(
+                    left, right, begin, end, isa, [&] { return threshold; },
+                    [&](std::int64_t i, std::uint64_t key) {
+                        if (key < threshold) return;
+                        if (key == lowest && ++ties_here > ties) return;
+                        here.positions.push_back(static_cast<std::int32_t>(i));
+                        here.keys.push_back(key);
+                    });
             });
             for (std::int64_t p = start / piece; p < (start + size + piece - 1) / piece; ++p) {
                 std::size_t kept = 0;

@@ -112,7 +112,10 @@ class Backend(Protocol):
         ...
 
     def round(self, values: Bits, source: DType, target: DType) -> tuple[Bits, int]:
-        """Convert bits between float types, rounded once; and how many overflowed to infinity."""
+        """Convert bits between float types, rounded once; and how many overflowed to infinity.
+
+        A NaN becomes the quiet NaN of its sign.
+        """
         ...
 
 

@@ -207,13 +207,17 @@ def number_of(bits: int, dtype: DType) -> float:
 def round_to_nearest(number: float, dtype: DType) -> int:
     """The bits of the dtype's value nearest to `number`; of two equally near, the even ones.
 
-    Compared as exact fractions among a guess of torch's and that guess's neighbours.
+    Compared as exact fractions among a guess of torch's and that guess's neighbours. A NaN becomes
+    the quiet NaN of its sign.
     """
+    width = 8 * dtype.item_size
+    if math.isnan(number):
+        quiet = dtype.nonfinite | (dtype.nonfinite & -dtype.nonfinite) >> 1
+        return quiet | (math.copysign(1, number) < 0) << (width - 1)
     guess = torch.tensor([number], dtype=torch.float64).to(dtype.torch)
     bits = int(tensor_bits(guess)[0])
     if not math.isfinite(number) or number == 0:
         return bits
-    width = 8 * dtype.item_size
     sign = bits & (1 << (width - 1))
     magnitude = bits ^ sign
     # The infinity, seen as one step above the largest finite value, is where overflow rounds to.

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -19,21 +19,29 @@ Regions = list[tuple[int, int, bool]]
 """(begin, end, writable) of the mappings of a process's memory, ascending."""
 
 
-@dataclasses.dataclass(eq=False)
-class Slot:
-    """One parameter or buffer, and the place in its module that should go on holding it."""
+class Place(NamedTuple):
+    """Where in a model a tensor hangs."""
 
-    name: str
-    index: int
-    """Its place in the host's list of slots."""
-    tensor: torch.Tensor
     owner: Mapping[str, Any]
     """The owning module's `_parameters` or `_buffers`."""
     key: str
+    tensor: torch.Tensor
+    """What should go on hanging there."""
+    cell: int
+    """Its number among the host's places."""
 
-    @functools.cached_property
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """One parameter or buffer. Tied ones are one slot with several places."""
+
+    name: str
+    """The first of its names."""
+    tensor: torch.Tensor
+    places: list[Place]
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """One object for as long as the slot lives, which the rows of every skill share."""
         return tuple(self.tensor.shape)
 
     @property
@@ -43,17 +51,42 @@ class Slot:
 
 
 def find_slots(model: torch.nn.Module) -> dict[str, Slot]:
-    """Every parameter and persistent buffer by its state-dict name; tied ones under each name."""
+    """Every parameter and persistent buffer by its checkpoint name; tied ones share a slot."""
     slots: dict[str, Slot] = {}
+    first: dict[object, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         transient = module._non_persistent_buffers_set
         for owner, skipped in ((module._parameters, set()), (module._buffers, transient)):
             for key, tensor in owner.items():
                 if tensor is None or key in skipped:
                     continue
-                name = f"{prefix}.{key}" if prefix else key
-                slots[name] = Slot(name, len(slots), tensor, owner, key)
+                name = plain_name(f"{prefix}.{key}" if prefix else key)
+                slot = first.setdefault(_identity(tensor), Slot(name, tensor, []))
+                slot.places.append(Place(owner, key, tensor, len(slots)))
+                slots[name] = slot
     return slots
+
+
+def plain_name(name: str) -> str:
+    """A state-dict name without what `torch.compile` puts in for the submodules it wraps.
+
+    Example:
+        >>> plain_name("layers.0._orig_mod.weight")
+        'layers.0.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """Equal for tensors that are the same elements of the same memory."""
+    if _is_opaque(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_opaque(tensor: torch.Tensor) -> bool:
+    """Whether the object has no memory of its own that holds its values."""
+    return torch.nn.parameter.is_lazy(tensor) or is_traceable_wrapper_subclass(tensor)
 
 
 def check_writable(slot: Slot, regions: Regions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter, getitem, is_
 from weakref import WeakValueDictionary
 
@@ -23,72 +24,75 @@ def watch(slots: tuple[Slot, ...]) -> Watch:
     return found
 
 
+Counters = npt.NDArray[np.int64]
+"""Autograd version counters, a cell a place of the host."""
+
 _version = attrgetter("_version")
 _address = torch.Tensor.data_ptr
 
 
 class Watch:
-    """The parameters that a plan writes.
+    """The tensors that a plan writes.
 
-    A check costs some 150 ns a parameter: everything is a map over C functions.
+    A check costs some 150 ns a tensor: everything is a map over C functions.
 
     Args:
-        slots: the parameters.
+        slots: the parameters and buffers.
     """
 
-    def __init__(self, slots: tuple[Slot, ...]) -> None:
-        self.slots = slots
-        self.indices = np.array([slot.index for slot in slots], np.int64)
-        self._tensors = tuple(slot.tensor for slot in slots)
-        self._owners = tuple(slot.owner for slot in slots)
-        self._keys = tuple(slot.key for slot in slots)
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._places = tuple((slot, place) for slot in slots for place in slot.places)
+        self._owners = tuple(place.owner for _, place in self._places)
+        self._keys = tuple(place.key for _, place in self._places)
+        self._tensors = tuple(place.tensor for _, place in self._places)
         self._addresses = list(map(_address, self._tensors))
+        # As long as it is held, memory is not given to another tensor: equal addresses prove that
+        # nothing moved.
+        self._storages = tuple(tensor.untyped_storage() for tensor in self._tensors)
         # Inference tensors have no version counter: what is written to them, only verify() sees.
-        self._counted = tuple(t for t in self._tensors if not t.is_inference())
-        self._counted_indices = np.array(
-            [slot.index for slot in slots if not slot.tensor.is_inference()], np.int64
-        )
+        counted = {id(p.tensor): p for _, p in self._places if not p.tensor.is_inference()}
+        self._counted = tuple(place.tensor for place in counted.values())
+        self.cells = np.array([place.cell for place in counted.values()], np.int64)
+        """The host's counters that are this watch's."""
 
     def check_in_place(self) -> None:
-        """Raises `HostChangedError` if a parameter was replaced or its storage moved."""
+        """Raises `HostChangedError` if a tensor was replaced or its storage moved."""
         if not all(map(is_, map(getitem, self._owners, self._keys), self._tensors)):
-            slot = next(s for s in self.slots if s.owner.get(s.key) is not s.tensor)
+            slot = next(s for s, p in self._places if p.owner.get(p.key) is not p.tensor)
             raise HostChangedError(
                 f"the parameter {slot.name!r} was replaced by another object since the host was "
                 "attached; detach(force=True) and attach again"
             )
         if list(map(_address, self._tensors)) != self._addresses:
-            moved = zip(self.slots, self._addresses, strict=True)
-            slot = next(s for s, address in moved if s.tensor.data_ptr() != address)
+            moved = zip(self._places, self._addresses, strict=True)
+            slot = next(s for (s, p), address in moved if p.tensor.data_ptr() != address)
             raise HostChangedError(
                 f"the storage of {slot.name!r} was moved since the host was attached "
                 "(model.to(...), .data = ...); detach(force=True) and attach again"
             )
 
-    def versions(self) -> npt.NDArray[np.int64]:
-        """The autograd version counters of the parameters that have one."""
-        return np.fromiter(map(_version, self._counted), np.int64, len(self._counted))
-
-    def record(self, expected: npt.NDArray[np.int64]) -> None:
-        """Take the counters as they are for what is expected; `expected` has a cell a host slot."""
-        expected[self._counted_indices] = self.versions()
-
-    def check_unwritten(self, expected: npt.NDArray[np.int64]) -> None:
+    def check_unwritten(self, expected: Counters) -> None:
         """Raises `HostChangedError` if a counter is not the expected one."""
-        found = self.versions()
-        if np.array_equal(found, expected[self._counted_indices]):
+        found, wanted = self._versions(), expected[self.cells]
+        if np.array_equal(found, wanted):
             return
-        at = int(np.flatnonzero(found != expected[self._counted_indices])[0])
-        index = int(self._counted_indices[at])
-        slot = next(s for s in self.slots if s.index == index)
+        at = int(np.flatnonzero(found != wanted)[0])
+        slot = next(s for s, p in self._places if p.tensor is self._counted[at])
         raise HostChangedError(
-            f"somebody wrote to {slot.name!r} (its version went from {int(expected[index])} to "
+            f"somebody wrote to {slot.name!r} (its version went from {int(wanted[at])} to "
             f"{int(found[at])}): an optimiser step, load_state_dict, ...? host.verify() looks "
             "whether the entries still hold what they should and then goes on; host.adopt() takes "
             "the weights as they are for the new base"
         )
 
-    def bump(self, expected: npt.NDArray[np.int64]) -> None:
-        """Count a write in the parameters' version counters, as torch's own in-place writes do."""
+    def record(self, expected: Counters) -> None:
+        """Take the counters as they are for what is expected; `expected` has a cell a place."""
+        expected[self.cells] = self._versions()
+
+    def bump(self, expected: Counters) -> None:
+        """Count a write in the tensors' version counters, as torch's own in-place writes do."""
         torch.autograd.graph.increment_version(self._counted)
-        expected[self._counted_indices] += 1
+        expected[self.cells] += 1
+
+    def _versions(self) -> Counters:
+        return np.fromiter(map(_version, self._counted), np.int64, len(self._counted))
