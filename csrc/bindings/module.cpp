@@ -57,6 +57,12 @@ py::ssize_t item_size_of(hg::ValueType type) {
     });
 }
 
+// Whether `values` is n items in a row. The stride of an array of no or one item says nothing.
+bool is_flat(const py::array& values, py::ssize_t n, py::ssize_t item_size) {
+    return values.ndim() == 1 && values.shape(0) == n && values.itemsize() == item_size &&
+           (n <= 1 || values.strides(0) == item_size);
+}
+
 // An uninitialised numpy array of n unsigned integers of the item's size.
 py::array empty_bits(py::ssize_t item_size, std::int64_t n) {
     return py::array(py::dtype("u" + std::to_string(item_size)),
@@ -89,8 +95,7 @@ class Table {
     std::int64_t nbytes() const { return segments_.nbytes() + positions_.nbytes(); }
 
     const void* check(const py::array& values) const {
-        require(values.ndim() == 1 && values.shape(0) == view_.n_entries &&
-                    values.itemsize() == item_size_ && values.strides(0) == item_size_,
+        require(is_flat(values, view_.n_entries, item_size_),
                 "values must be a contiguous array of " + std::to_string(view_.n_entries) +
                     " items of " + std::to_string(item_size_) + " bytes");
         return values.data();
@@ -214,8 +219,7 @@ py::tuple merge(const py::list& inputs, Int64s ranges, int type, int policy, Int
             item.cast<std::tuple<Int32s, py::array, py::array, double>>();
         require(positions.ndim() == 1, "positions must be int32[n]");
         for (const py::array& values : {fresh, old}) {
-            require(values.ndim() == 1 && values.shape(0) == positions.shape(0) &&
-                        values.itemsize() == item_size && values.strides(0) == item_size,
+            require(is_flat(values, positions.shape(0), item_size),
                     "new and old must be contiguous arrays as long as their positions");
         }
         sources.push_back({positions.data(), fresh.data(), old.data(), weight});
@@ -262,8 +266,7 @@ py::tuple merge(const py::list& inputs, Int64s ranges, int type, int policy, Int
 py::tuple round_values(int from, const py::array& values, int to) {
     const auto source = float_type(from);
     const auto target = float_type(to);
-    require(values.ndim() == 1 && values.itemsize() == item_size_of(source) &&
-                values.strides(0) == values.itemsize(),
+    require(is_flat(values, values.size(), item_size_of(source)),
             "values must be a contiguous array of the source type's bits");
     py::array out = empty_bits(item_size_of(target), values.shape(0));
     std::int64_t overflows = 0;

@@ -15,20 +15,36 @@ constexpr int block = 64;                 // entries tested together before one 
 
 #define HOTGRAFT_INLINE inline __attribute__((always_inline))
 
+// Elements at any address: a mapped file need not align its tensors.
+template <class T>
+struct Elements {
+    const unsigned char* bytes;
+
+    explicit Elements(const void* start) : bytes(static_cast<const unsigned char*>(start)) {}
+    HOTGRAFT_INLINE T operator[](std::int64_t i) const {
+        T element;
+        std::memcpy(&element, bytes + i * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
+        return element;
+    }
+    Elements operator+(std::int64_t i) const {
+        return Elements(bytes + i * static_cast<std::int64_t>(sizeof(T)));
+    }
+};
+
 // ---- the streaming tests -----------------------------------------------------------------------
 // Each is one generic loop without branches that the compiler vectorises, instantiated once for
 // each instruction set. `any_differs`: some item's bits differ. `any_reaches`: some entry's bits
 // differ and its score is not below the threshold (a NaN score is not below anything).
 
 template <class T>
-HOTGRAFT_INLINE bool any_differs_body(const T* a, const T* b) {
+HOTGRAFT_INLINE bool any_differs_body(Elements<T> a, Elements<T> b) {
     T different = 0;
     for (int i = 0; i < block; ++i) different |= static_cast<T>(a[i] ^ b[i]);
     return different != 0;
 }
 
 template <class V>
-HOTGRAFT_INLINE bool any_reaches_body(const typename V::Bits* a, const typename V::Bits* b,
+HOTGRAFT_INLINE bool any_reaches_body(Elements<typename V::Bits> a, Elements<typename V::Bits> b,
                                       double threshold) {
     using Wide = typename V::Wide;
     if constexpr (std::is_integral_v<Wide>) {
@@ -45,15 +61,15 @@ HOTGRAFT_INLINE bool any_reaches_body(const typename V::Bits* a, const typename 
     }
 }
 
-#define HOTGRAFT_ISA(suffix, attribute)                                                       \
-    template <class T>                                                                        \
-    attribute bool any_differs_##suffix(const T* a, const T* b) {                             \
-        return any_differs_body(a, b);                                                        \
-    }                                                                                         \
-    template <class V>                                                                        \
-    attribute bool any_reaches_##suffix(const typename V::Bits* a, const typename V::Bits* b, \
-                                        double threshold) {                                   \
-        return any_reaches_body<V>(a, b, threshold);                                          \
+#define HOTGRAFT_ISA(suffix, attribute)                                                   \
+    template <class T>                                                                    \
+    attribute bool any_differs_##suffix(Elements<T> a, Elements<T> b) {                   \
+        return any_differs_body(a, b);                                                    \
+    }                                                                                     \
+    template <class V>                                                                    \
+    attribute bool any_reaches_##suffix(Elements<typename V::Bits> a,                     \
+                                        Elements<typename V::Bits> b, double threshold) { \
+        return any_reaches_body<V>(a, b, threshold);                                      \
     }
 
 HOTGRAFT_ISA(scalar, )
@@ -92,7 +108,7 @@ auto pick_any_reaches(Isa isa) {
 // Calls f(position, key) for the entries of [begin, end) whose bits differ, ascending, passing over
 // blocks in which none scores `threshold()` bits or more; what f gets may still be below it.
 template <class V, class Threshold, class F>
-void scan(const typename V::Bits* a, const typename V::Bits* b, std::int64_t begin,
+void scan(Elements<typename V::Bits> a, Elements<typename V::Bits> b, std::int64_t begin,
           std::int64_t end, Isa isa, Threshold&& threshold, F&& f) {
     const auto any_reaches = pick_any_reaches<V>(isa);
     const auto look = [&](std::int64_t i) {
@@ -126,8 +142,8 @@ std::vector<std::vector<std::int32_t>> difference(const void* a, const void* b, 
     std::vector<std::vector<std::int32_t>> found((n + piece - 1) / piece);
     const auto run = [&](auto zero) {
         using T = decltype(zero);
-        const T* left = static_cast<const T*>(a);
-        const T* right = static_cast<const T*>(b);
+        const Elements<T> left(a);
+        const Elements<T> right(b);
         const auto any_differs = pick_any_differs<T>(resolve(isa));
         parallel_for(n, piece, workers, [&](std::int64_t begin, std::int64_t end, int) {
             std::vector<std::int32_t>& here = found[begin / piece];
@@ -165,8 +181,8 @@ std::int64_t count_scores(ValueType type, const void* a, const void* b, std::int
     std::mutex mutex;
     dispatch_value(type, [&](auto value) {
         using V = decltype(value);
-        const auto* left = static_cast<const typename V::Bits*>(a);
-        const auto* right = static_cast<const typename V::Bits*>(b);
+        const Elements<typename V::Bits> left(a);
+        const Elements<typename V::Bits> right(b);
         parallel_for(n, piece, workers, [&](std::int64_t begin, std::int64_t end, int worker) {
             ScoreCounts& mine = counts[worker];
             std::int64_t nan_here = INT64_MAX;
@@ -199,8 +215,8 @@ std::vector<Scored> collect(ValueType type, const void* a, const void* b, std::i
     std::vector<Scored> found((n + piece - 1) / piece);
     dispatch_value(type, [&](auto value) {
         using V = decltype(value);
-        const auto* left = static_cast<const typename V::Bits*>(a);
-        const auto* right = static_cast<const typename V::Bits*>(b);
+        const Elements<typename V::Bits> left(a);
+        const Elements<typename V::Bits> right(b);
         // Window by window, so that the entries held are bounded however many tie.
         for (std::int64_t start = 0; start < n; start += window) {
             const std::int64_t size = std::min(window, n - start);
