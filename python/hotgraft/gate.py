@@ -8,6 +8,7 @@ because they leak when a pass is interrupted and miss direct calls.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -17,11 +18,21 @@ import torch
 
 from hotgraft.errors import GateError
 
+_PATIENCE = 0.05
+"""Seconds after which a waiting commit looks by itself: an interrupt may have eaten its wake-up."""
+
 
 class Gate:
     """A lock with shared and exclusive entry, re-entrant for passes, fair to commits.
 
     A waiting commit holds back new passes, but not passes nested in one that runs.
+
+    KeyboardInterrupt may come after any call, also on the way into a Python function. Plain locks
+    in `with` statements and single calls of C functions are safe from that; `threading.Condition`
+    is not (an interrupt inside its `__enter__` leaves it locked), so there is none here.
+
+    Args:
+        before_pass: called as a pass enters, while no commit runs.
 
     Example:
         >>> gate = Gate()
@@ -30,11 +41,18 @@ class Gate:
         1
     """
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+    def __init__(self, before_pass: Callable[[], object] = lambda: None) -> None:
+        self._before_pass = before_pass
+        self._turnstile = threading.Lock()  # new passes go through; a commit keeps it
+        self._mutex = threading.RLock()  # the garbage collector may close a hold inside it
         self._inside: dict[object, int] = {}  # a token a pass -> its thread
-        self._commits_waiting = 0
-        self._committing: int | None = None  # the thread
+        self._committing: int | None = None  # the thread that has the turnstile to commit
+        self._emptied = threading.Lock()  # released to wake the commit
+        self._emptied.acquire()
+        self.forget = self._inside.pop
+        """`forget(token, None)` is the shared exit: one C function, so that nothing comes between.
+
+        Call `wake()` when it returns something."""
 
     @property
     def passes(self) -> int:
@@ -45,59 +63,58 @@ class Gate:
     def passing(self) -> Iterator[None]:
         """Shared entry: waits for a commit that runs or waits, unless nested."""
         token = object()
-        # Entering is inside the try: an interrupt between the two would otherwise leave it entered.
         try:
             self.enter(token)
             yield
         finally:
-            self.leave(token)
+            if self.forget(token, None) is not None:
+                self.wake()
 
     def enter(self, token: object) -> None:
-        """Shared entry under a token of the caller's; `leave` it in a `finally`."""
+        """Shared entry under a token of the caller's, who forgets it in a `finally`."""
         me = threading.get_ident()
-        with self._changed:
-            if self._committing != me and me not in self._inside.values():
-                while self._committing is not None or self._commits_waiting:
-                    self._changed.wait()
-            self._inside[token] = me
+        with self._mutex:
+            if me in self._inside.values() or me == self._committing:
+                self._inside[token] = me
+                return
+        with self._turnstile:
+            self._before_pass()
+            with self._mutex:
+                self._inside[token] = me
 
-    def leave(self, token: object) -> None:
-        """Shared exit; nothing happens if the token never entered."""
-        with self._changed:
-            if self._inside.pop(token, None) is not None and not self._inside:
-                self._changed.notify_all()
+    def wake(self) -> None:
+        """Wake the commit that waits for the last pass."""
+        with self._mutex:
+            if not self._inside and self._emptied.locked():
+                self._emptied.release()
 
     @contextlib.contextmanager
     def committing(self) -> Iterator[None]:
         """Exclusive entry: waits until no pass is inside.
 
         Raises:
-            GateError: this thread is itself inside a pass or a hold, so it would wait for ever.
+            GateError: this thread is itself inside a pass, a hold or a commit, so it would wait for
+                ever.
         """
         me = threading.get_ident()
-        entered = False
-        with self._changed:
-            if me in self._inside.values():
+        with self._mutex:
+            if me in self._inside.values() or me == self._committing:
                 raise GateError(
                     "the weights cannot be switched inside a forward pass or a hold of the same "
                     "thread; switch before or after it"
                 )
-            self._commits_waiting += 1
+        with self._turnstile:
             try:
-                while self._inside or self._committing is not None:
-                    self._changed.wait()
                 self._committing = me
-                entered = True
+                while self._is_occupied():
+                    self._emptied.acquire(timeout=_PATIENCE)
+                yield
             finally:
-                self._commits_waiting -= 1
-                if not entered:
-                    self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._changed:
                 self._committing = None
-                self._changed.notify_all()
+
+    def _is_occupied(self) -> bool:
+        with self._mutex:
+            return bool(self._inside)
 
 
 class GatedForward:
@@ -108,28 +125,28 @@ class GatedForward:
     """
 
     def __init__(self, module: torch.nn.Module, gate: Gate) -> None:
-        self._module = module
         self._gate = gate
         self._forward: Callable[..., Any] = module.forward
         functools.update_wrapper(self, self._forward)  # name, docstring and signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         token = object()
+        # Entering is inside the try: an interrupt between the two would otherwise leave it entered.
         try:
             self._gate.enter(token)
             return self._forward(*args, **kwargs)
         finally:
-            self._gate.leave(token)
+            if self._gate.forget(token, None) is not None:
+                self._gate.wake()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return _plain_forward(memo[id(self._module)])
+        return copy.deepcopy(self._forward, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _plain_forward, (self._module,)
+        return _itself, (self._forward,)
 
 
-def _plain_forward(module: torch.nn.Module) -> Callable[..., Any]:
-    forward: Callable[..., Any] = type(module).forward.__get__(module)
+def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 

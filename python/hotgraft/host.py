@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,31 +29,28 @@ from hotgraft.errors import (
     UnknownSkillError,
 )
 from hotgraft.graft import Graft
-from hotgraft.ledger import NOTHING, Ledger, LiveSet
-from hotgraft.placement import Names, Plan, compile_plan, find_slots, fit, refuse_nonfinite
+from hotgraft.ledger import NOTHING, Ledger, LiveSet, Skill
+from hotgraft.placement import (
+    Names,
+    Plan,
+    compile_plan,
+    find_slots,
+    fit,
+    refuse_nonfinite,
+)
+
+__all__ = ["Host", "Skill", "attach"]
 
 COMPOSED_PLANS = 16
 """Plans of composed sets that a host keeps for the next time."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Skill:
-    """A graft under a name, loaded and compiled for a host."""
+@dataclasses.dataclass(eq=False)
+class _Block:
+    """An open `using` block."""
 
-    name: str
-    id: str
-    """The id of the graft it was loaded from."""
-    plan: Plan
-
-    @property
-    def nnz(self) -> int:
-        """Entries that it writes."""
-        return self.plan.graft.nnz
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its arrays."""
-        return self.plan.nbytes
+    before: LiveSet = NOTHING
+    """What it puts back."""
 
 
 class Host:
@@ -89,17 +86,19 @@ class Host:
         self._slots = find_slots(root)
         if not self._slots:
             raise GraftError(f"{type(model).__name__} has no parameters: nothing to graft into")
+        devices = [slot.tensor.device.type for slot in self._slots.values()]
         self._backend = kernels.resolve(
-            backend, next(iter(self._slots.values())).tensor.device.type
+            backend, next((device for device in devices if device != "meta"), "cpu")
         )
         self._base_id = base_id
-        # Taken in this order: the gate, then the lock. Who only prepares takes the lock alone.
-        self._gate = gates.Gate()
+        # Taken in this order: the gate, then the lock. The lock guards all that follows, and is
+        # held for short: who composes or compiles does not hold it.
+        self._gate = gates.Gate(self._settle)
         self._lock = threading.RLock()
         self._skills: dict[str, Skill] = {}
-        self._composed: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+        self._composed: OrderedDict[Hashable, LiveSet] = OrderedDict()
         self._ledger = Ledger(self._slots, self._backend)
-        self._put_back: list[LiveSet] = []  # what the open `using` blocks will put back
+        self._blocks: list[_Block] = []  # the open `using` blocks, the outermost first
         self._remove_gates = [gates.install(m, self._gate) for m in dict.fromkeys((model, root))]
 
     def __repr__(self) -> str:
@@ -136,7 +135,8 @@ class Host:
                 "the digest needs the base's id: hotgraft.fingerprint(model) computes it over the "
                 "weights once, for attach(model, base_id=...)"
             )
-        ids = [self._skills[name].id for name in state.names]
+        # The id of what is written here: after names=, cast= or partial= that is not the file's.
+        ids = [skill.plan.graft.id for skill in state.skills]
         pairs = list(zip(ids, state.weights, strict=True))
         if state.policy != "priority":
             pairs.sort()
@@ -179,29 +179,24 @@ class Host:
             NonFiniteError: it writes NaN or infinity and may not.
             SkillInUseError: the name is taken, or the skill to be replaced is live.
         """
-        if name is None:
-            stem = None if isinstance(source, Graft) else Path(source).name
-            name = stem.partition(".")[0] if stem is not None else None
         graft = source if isinstance(source, Graft) else Graft.load(source)
+        if name is None and not isinstance(source, Graft):
+            name = Path(source).name.removesuffix(".safetensors").removesuffix(".graft")
         name = name or graft.id[:12]
+        self._require_free(name, replace)
         if not allow_nonfinite:
             refuse_nonfinite(graft)
+        fitted = fit(
+            graft, self._slots, self._model, self._backend,
+            names=names, cast=cast, partial=partial, allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+        skill = Skill(name, graft.id, self._compile(fitted))
         with self._lock:
-            self._require_attached()
-            if name in self._skills and not replace:
-                raise SkillInUseError(
-                    f"a skill {name!r} is loaded already; replace=True replaces it"
-                )
-            self._require_unused(name)
-            fitted = fit(
-                graft, self._slots, self._model, self._backend,
-                names=names, cast=cast, partial=partial, allow_nonfinite=allow_nonfinite,
-            )  # fmt: skip
-            plan = compile_plan(fitted, self._slots, self._backend)
-            self._ledger.check_base(plan, f"skill {name!r}")
+            self._require_free(name, replace)
+            self._ledger.settle()
+            self._ledger.check_base(skill.plan, f"skill {name!r}")
             self._drop(name)
-            self._ledger.start_watching(plan)
-            skill = Skill(name, graft.id, plan)
+            self._ledger.start_watching(skill.plan.watch)
             self._skills[name] = skill
             return skill
 
@@ -213,11 +208,12 @@ class Host:
             SkillInUseError: it is live (`force=True` deactivates everything first) or an open
                 `using` block will put it back.
         """
-        if force and name in self.active:
-            self.deactivate()
-        with self._lock:
+        with self._gate.committing() if force else contextlib.nullcontext(), self._lock:
             self._skill(name)
-            self._require_unused(name)
+            self._require_not_put_back(name)
+            if force and name in self.active:
+                self._ledger.commit(NOTHING)
+            self._require_not_live(name)
             self._drop(name)
 
     # ---- committing ----------------------------------------------------------------------------
@@ -240,9 +236,7 @@ class Host:
             HostChangedError: somebody else moved or wrote the weights; nothing was written now.
             GateError: called inside a forward pass or hold of the same thread.
         """
-        with self._lock:
-            target = self._prepare(names, policy, weights)
-        self._commit(target)
+        self._commit(self._prepare(names, policy, weights))
 
     def deactivate(self) -> None:
         """Put the base's bits back. Raises as `activate` does."""
@@ -252,19 +246,18 @@ class Host:
     def using(
         self, *names: str, policy: str = "refuse", weights: Sequence[float] | None = None
     ) -> Iterator[None]:
-        """Activate for a block, then put back what was live before, also on an exception. Nests."""
-        with self._lock:
-            before = self._ledger.live
-            self._put_back.append(before)
+        """Activate for a block, then put back what was live before, also on an exception. Nests.
+
+        The live set is the whole host's, whichever thread or task changes it. A block that ends
+        while a later one is open leaves that one's set live; the later one then puts back what this
+        one would have.
+        """
+        block = _Block()
         try:
-            self.activate(*names, policy=policy, weights=weights)
-            try:
-                yield
-            finally:
-                self._commit(before)
+            self._commit(self._prepare(names, policy, weights), block)
+            yield
         finally:
-            with self._lock:
-                self._put_back.remove(before)
+            self._leave(block)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -290,6 +283,7 @@ class Host:
             self._require_attached()
             self._ledger.settle()
             plans = {f"skill {name!r}": skill.plan for name, skill in self._skills.items()}
+            watches = dict.fromkeys(plan.watch for plan in plans.values())
             try:
                 checked = self._ledger.check_live()
                 checked += sum(
@@ -297,10 +291,10 @@ class Host:
                 )
             except BaseMismatchError as error:
                 raise HostChangedError(f"somebody wrote to the weights: {error}") from error
-            if self._base_id is not None and any(map(self._ledger.was_written, plans.values())):
+            if self._base_id is not None and any(map(self._ledger.was_written, watches)):
                 self._ledger.check_whole_base(self._base_id)
-            for plan in plans.values():
-                self._ledger.record(plan)
+            for watch in watches:
+                self._ledger.record(watch)
             return checked
 
     def adopt(self) -> tuple[str, ...]:
@@ -308,24 +302,25 @@ class Host:
 
         The base id is unknown from then on. Skills that do not fit the new base are unloaded, with
         an `AdoptWarning`; their names are returned (`Graft.rebase` makes them fit again).
+
+        Raises:
+            SkillInUseError: a `using` block is open.
+            HostChangedError: a tensor was moved or replaced, not only written.
         """
         with self._gate.committing(), self._lock:
             self._require_attached()
-            if self._put_back:
+            if self._blocks:
                 raise SkillInUseError(
                     "adopt() inside a `using` block would have nothing to go back to"
                 )
-            self._ledger.forget()
+            skills = self._skills.values()
+            misfits = [s.name for s in skills if not self._ledger.fits_memory(s.plan)]
             self._base_id = None
-            self._composed.clear()
-            misfits = []
-            for name, skill in list(self._skills.items()):
-                self._ledger.record(skill.plan)
-                try:
-                    self._ledger.check_base(skill.plan, name)
-                except BaseMismatchError:
-                    misfits.append(name)
-                    del self._skills[name]
+            self._ledger.forget()
+            for name in misfits:
+                self._drop(name)
+            for skill in skills:
+                self._ledger.record(skill.plan.watch)
         if misfits:
             warnings.warn(
                 f"unloaded because they do not fit the adopted base: {', '.join(misfits)}; rebase "
@@ -342,17 +337,17 @@ class Host:
             SkillInUseError: skills are live; `force=True` deactivates them first, or, where the
                 weights were moved or written meanwhile, leaves them as they are.
         """
-        if self._ledger.live.names:
-            if not force:
+        with self._gate.committing(), self._lock:
+            if self.active and not force:
                 raise SkillInUseError(
                     f"{', '.join(self.active)} is live; deactivate first, or detach(force=True)"
                 )
             with contextlib.suppress(HostChangedError):
-                self.deactivate()
-        with self._gate.committing(), self._lock:
+                self._ledger.commit(NOTHING)
             for remove in self._remove_gates:
                 remove()
             self._remove_gates.clear()
+            self._blocks.clear()
             self._skills.clear()
             self._composed.clear()
             self._ledger.forget()
@@ -370,16 +365,31 @@ class Host:
             known = ", ".join(self._skills) or "none yet"
             raise UnknownSkillError(f"no skill {name!r} is loaded; loaded are: {known}") from None
 
-    def _require_unused(self, name: str) -> None:
-        if name in self._ledger.live.names:
+    def _require_free(self, name: str, replace: bool) -> None:
+        self._require_attached()
+        if name in self._skills and not replace:
+            raise SkillInUseError(f"a skill {name!r} is loaded already; replace=True replaces it")
+        self._require_not_put_back(name)
+        self._require_not_live(name)
+
+    def _require_not_live(self, name: str) -> None:
+        if name in self.active:
             raise SkillInUseError(f"{name!r} is live; deactivate first, or unload(force=True)")
-        if any(name in state.names for state in self._put_back):
+
+    def _require_not_put_back(self, name: str) -> None:
+        if any(name in block.before.names for block in self._blocks):
             raise SkillInUseError(f"an open `using` block will put {name!r} back; leave it first")
 
     def _drop(self, name: str) -> None:
-        self._skills.pop(name, None)
-        for key in [k for k, plan in self._composed.items() if name in str(k)]:
-            del self._composed[key]
+        skill = self._skills.pop(name, None)
+        if skill is not None:
+            self._ledger.stop_watching(skill.plan.watch)
+            for state in list(self._composed.values()):
+                if skill in state.skills:
+                    del self._composed[state.key]
+
+    def _compile(self, graft: Graft) -> Plan:
+        return compile_plan(graft, self._slots, self._backend)
 
     def _prepare(
         self, names: Sequence[str], policy: str, weights: Sequence[float] | None
@@ -387,30 +397,63 @@ class Host:
         self._require_attached()
         if not names:
             return NOTHING
-        skills = [self._skill(name) for name in names]
+        skills = tuple(self._skill(name) for name in names)
         if len(set(names)) != len(names):
             raise GraftError(f"a skill is named twice: {', '.join(names)}")
         given = tuple(map(float, weights)) if weights is not None else (1.0,) * len(names)
-        if len(names) == 1 and given == (1.0,) and policy in kernels.POLICIES:
-            return LiveSet(tuple(names), given, "", skills[0].plan)
-        state = LiveSet(tuple(names), given, policy if len(names) > 1 else "")
-        plan = self._composed.get(state.key) if len(given) == len(names) else None
-        if plan is None:
+        if len(given) != len(names):
+            raise GraftError(f"{len(given)} weights for {len(names)} skills")
+        if policy not in kernels.POLICIES:
+            raise GraftError(f"unknown policy {policy!r}; known are {', '.join(kernels.POLICIES)}")
+        if given == (1.0,):
+            return LiveSet(skills, given, "", skills[0].plan)
+        state = LiveSet(skills, given, policy if len(skills) > 1 else "")
+        known = self._composed.get(state.key)
+        if known is not None:
+            plan = known.plan
+        else:
             merged = compose(
                 [skill.plan.graft for skill in skills], policy, given,
                 labels=names, ids=[skill.id for skill in skills], backend=self._backend.name,
             )  # fmt: skip
-            plan = compile_plan(merged, self._slots, self._backend)
-            self._composed[state.key] = plan
+            plan = self._compile(merged)
+        prepared = dataclasses.replace(state, plan=plan)
+        with self._lock:
+            self._composed[prepared.key] = prepared
+            self._composed.move_to_end(prepared.key)
             if len(self._composed) > COMPOSED_PLANS:
                 self._composed.popitem(last=False)
-        self._composed.move_to_end(state.key)
-        return dataclasses.replace(state, plan=plan)
+        return prepared
 
-    def _commit(self, target: LiveSet) -> None:
+    def _commit(self, target: LiveSet, block: _Block | None = None) -> None:
         with self._gate.committing(), self._lock:
             self._require_attached()
+            for skill in target.skills:
+                if self._skills.get(skill.name) is not skill:
+                    raise UnknownSkillError(f"{skill.name!r} was unloaded or replaced meanwhile")
+            if block is not None:
+                block.before = self._ledger.live
+                self._blocks.append(block)
             self._ledger.commit(target)
+
+    def _leave(self, block: _Block) -> None:
+        with self._gate.committing(), self._lock:
+            if block not in self._blocks:  # it never entered, or the host was detached
+                return
+            *_, last = self._blocks
+            if block is last:
+                self._blocks.pop()
+                if self._ledger.live is not block.before:
+                    self._ledger.commit(block.before)
+            else:
+                at = self._blocks.index(block)
+                self._blocks[at + 1].before = block.before
+                del self._blocks[at]
+
+    def _settle(self) -> None:
+        if not self._ledger.settled:
+            with self._lock:
+                self._ledger.settle()
 
 
 def attach(

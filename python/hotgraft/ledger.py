@@ -7,32 +7,58 @@ as a transaction, and detects what others write, as far as torch lets it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from hotgraft.errors import BaseMismatchError, HostChangedError
 from hotgraft.format import Bits
 from hotgraft.kernels import Backend
-from hotgraft.placement import Plan, Slot, expected_bits
+from hotgraft.placement import Plan, Slot, Watch, expected_bits
 from hotgraft.weights import fingerprint
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Skill:
+    """A graft under a name, loaded and compiled for a host."""
+
+    name: str
+    id: str
+    """The id of the graft it was loaded from."""
+    plan: Plan
+
+    @property
+    def nnz(self) -> int:
+        """Entries that it writes."""
+        return self.plan.graft.nnz
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.plan.nbytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LiveSet:
     """What is live: some skills under a policy, and the plan that puts them there."""
 
-    names: tuple[str, ...] = ()
+    skills: tuple[Skill, ...] = ()
     weights: tuple[float, ...] = ()
     policy: str = ""
     """Empty unless there is more than one skill."""
     plan: Plan | None = None
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def names(self) -> tuple[str, ...]:
+        return tuple(skill.name for skill in self.skills)
+
+    @functools.cached_property
+    def key(self) -> Hashable:
         """Equal for sets that give the same bits; the order counts only under `priority`."""
-        pairs = tuple(zip(self.names, self.weights, strict=True))
-        return self.policy, pairs if self.policy == "priority" else tuple(sorted(pairs))
+        pairs = tuple(zip(self.skills, self.weights, strict=True))
+        return self.policy, pairs if self.policy == "priority" else frozenset(pairs)
 
 
 NOTHING = LiveSet()
@@ -51,10 +77,15 @@ class Ledger:
         self._backend = backend
         self.live = NOTHING
         self._pending: LiveSet | None = None  # set while a commit writes
-        self._versions = np.zeros(len(slots), np.int64)  # the counters as last seen, a cell a slot
-        self._watched = np.zeros(len(slots), bool)
+        self._versions = np.zeros(len(slots), np.int64)  # the counters as they should be
+        self._watchers = np.zeros(len(slots), np.int64)  # skills that watch each counter
 
     # ---- writing -------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """False after a commit that was interrupted and not undone yet."""
+        return self._pending is None
 
     def commit(self, target: LiveSet) -> None:
         """Make the target live; on any exception what was live before is live still.
@@ -63,26 +94,32 @@ class Ledger:
             HostChangedError: somebody else moved or wrote the weights; nothing was written.
         """
         self.settle()
-        for plan in (self.live.plan, target.plan):
-            if plan is not None:
-                plan.watch.check_in_place()
-                plan.watch.check_unwritten(self._versions)
+        watches = _watches(self.live, target)
+        for watch in watches:
+            watch.check_in_place()
+            watch.check_unwritten(self._versions)
         if target.key == self.live.key:
             return
         # An interrupt may come between any two lines.
         self._pending = target
         try:
             self._write(self.live.plan, target.plan)
+            for watch in watches:
+                watch.bump(self._versions)
             self.live = target
         finally:
             self.settle()
 
     def settle(self) -> None:
         """Undo a commit that was interrupted. Writing is idempotent, so it may start over."""
-        if self._pending is not None:
-            if self._pending is not self.live:
-                self._write(self._pending.plan, self.live.plan)
-            self._pending = None
+        if self._pending is None:
+            return
+        if self._pending is not self.live:
+            self._write(self._pending.plan, self.live.plan)
+            for watch in _watches(self._pending, self.live):
+                watch.bump(self._versions)
+                watch.record(self._versions)  # the interrupted commit may have bumped half of them
+        self._pending = None
 
     def forget(self) -> None:
         """Take what is in memory for the base, with nothing live."""
@@ -92,34 +129,35 @@ class Ledger:
         if leaving is not None:
             for launch in leaving.launches:
                 self._backend.scatter(launch.table, launch.old)
-            leaving.watch.bump(self._versions)
         if entering is not None:
             for launch in entering.launches:
                 self._backend.scatter(launch.table, launch.new)
-            entering.watch.bump(self._versions)
 
     # ---- watching ------------------------------------------------------------------------------
 
-    def start_watching(self, plan: Plan) -> None:
-        """Take the counters of tensors that no plan touched before for what is expected."""
-        fresh = plan.watch.indices[~self._watched[plan.watch.indices]]
-        before = self._versions.copy()
-        plan.watch.record(self._versions)
-        before[fresh] = self._versions[fresh]
-        self._versions = before
-        self._watched[plan.watch.indices] = True
+    def start_watching(self, watch: Watch) -> None:
+        """Expect what the counters are now, but for those that another skill watches already."""
+        known = self._watchers[watch.cells] > 0
+        before = self._versions[watch.cells]
+        watch.record(self._versions)
+        self._versions[watch.cells[known]] = before[known]
+        self._watchers[watch.cells] += 1
 
-    def was_written(self, plan: Plan) -> bool:
-        """Whether somebody else wrote to a tensor of the plan, by its version counters."""
+    def stop_watching(self, watch: Watch) -> None:
+        """Undo one `start_watching`."""
+        self._watchers[watch.cells] -= 1
+
+    def was_written(self, watch: Watch) -> bool:
+        """Whether somebody else wrote to a watched tensor, by its version counters."""
         try:
-            plan.watch.check_unwritten(self._versions)
+            watch.check_unwritten(self._versions)
         except HostChangedError:
             return True
         return False
 
-    def record(self, plan: Plan) -> None:
+    def record(self, watch: Watch) -> None:
         """Take the counters as they are for what is expected."""
-        plan.watch.record(self._versions)
+        watch.record(self._versions)
 
     # ---- checking ------------------------------------------------------------------------------
 
@@ -138,14 +176,23 @@ class Ledger:
         self._compare(plan, expected_bits(plan, self.live.plan, label), label)
         return plan.graft.nnz
 
+    def fits_memory(self, plan: Plan) -> bool:
+        """Whether memory as it is now holds the plan's old bits.
+
+        Raises:
+            HostChangedError: a tensor was moved.
+        """
+        plan.watch.check_in_place()
+        return not any(self._backend.compare(x.table, x.old)[0] for x in plan.launches)
+
     def check_whole_base(self, base_id: str) -> None:
         """Raises `HostChangedError` unless the whole base still has the id `base_id`."""
-        state = {name: slot.tensor.detach() for name, slot in self._slots.items()}
+        state = {slot.name: slot.tensor.detach() for slot in self._slots.values()}
         live = self.live.plan
         if live is not None:
             for name in live.graft.names:
                 entries = live.graft[name]
-                copy = state[name].clone()
+                copy = state[name].clone(memory_format=torch.contiguous_format)
                 copy.view(-1)[entries.indices] = entries.old
                 state[name] = copy
         found = fingerprint(state)
@@ -167,3 +214,7 @@ class Ledger:
                     f"{name!r}, position {position}: found bits {int(held[first]):#x}, wanted "
                     f"{int(values[first]):#x}"
                 )
+
+
+def _watches(*states: LiveSet) -> list[Watch]:
+    return list(dict.fromkeys(s.plan.watch for s in states if s.plan is not None))

@@ -5,11 +5,13 @@ from hotgraft.placement.names import Names
 from hotgraft.placement.overlay import expected_bits
 from hotgraft.placement.plain import Plan, compile_plan
 from hotgraft.placement.slots import Slot, find_slots
+from hotgraft.placement.watch import Watch
 
 __all__ = [
     "Names",
     "Plan",
     "Slot",
+    "Watch",
     "compile_plan",
     "expected_bits",
     "find_slots",

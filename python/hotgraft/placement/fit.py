@@ -80,34 +80,51 @@ def fit(
             PartialWarning,
             stacklevel=4,
         )
-    doubled = {slot.name for slot, uses in Counter(found.values()).items() if uses > 1}
+    doubled = {target for target, uses in Counter(found.values()).items() if uses > 1}
     if doubled:
         raise CoverageError(f"several of the graft's tensors map to {sample(doubled)}")
     regions, shapes = memory_regions(), graft.shapes
-    for name, slot in found.items():
-        shape = shapes[name]
+    for name, target in found.items():
+        slot, shape = slots[target], shapes[name]
+        check_writable(slot, regions)
         if shape != slot.shape:
             raise BaseMismatchError(
                 f"{name!r} has shape {list(shape)} in the graft and {list(slot.shape)} in the host "
-                f"({slot.name!r}): it was made for another model"
+                f"({target!r}): it was made for another model"
             )
-        check_writable(slot, regions)
-    fitted = _rename(graft, found)
+    fitted = _rename(graft, {name: slots[target] for name, target in found.items()})
     return _cast(fitted, slots, backend, cast, allow_nonfinite)
 
 
 def _rename(graft: Graft, found: Mapping[str, Slot]) -> Graft:
+    """The graft in the names of the slots; what several tied names say alike is said once."""
+    sayers: dict[str, str] = {}  # a slot's name -> the graft's name for it
+    for name, slot in found.items():
+        first = sayers.setdefault(slot.name, name)
+        if first != name and not _say_the_same(graft, first, name):
+            raise CoverageError(
+                f"{first!r} and {name!r} share memory in this host (tied), but the graft's entries "
+                "for them differ; leave one of them out"
+            )
     # Names and shapes become the host's own objects, so a skill holds no strings of its own.
     shapes = {name: slot.shape for name, slot in found.items()}
-    rows = [
-        row._replace(name=found[row.name].name, shape=shapes[row.name])
-        for row in graft.rows
-        if row.name in found
-    ]
+    named = set(sayers.values())
+    kept = [row for row in graft.rows if row.name in named]
+    rows = [row._replace(name=found[row.name].name, shape=shapes[row.name]) for row in kept]
+    if rows == list(graft.rows):
+        return Graft(rows, graft.groups, graft.provenance, known_id=graft.id, checked=True)
     if len(rows) == len(graft.rows) and rows == sorted(rows, key=lambda r: (r.name, r.block)):
         return Graft(rows, graft.groups, graft.provenance, checked=True)
-    kept = [row for row in graft.rows if row.name in found]
     return _assemble(graft, [(r, *graft.arrays(old)) for r, old in zip(rows, kept, strict=True)])
+
+
+def _say_the_same(graft: Graft, name: str, other: str) -> bool:
+    mine, theirs = ([row for row in graft.rows if row.name == n] for n in (name, other))
+    return len(mine) == len(theirs) and all(
+        (a.dtype, a.block) == (b.dtype, b.block)
+        and all(map(np.array_equal, graft.arrays(a), graft.arrays(b)))
+        for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def _assemble(graft: Graft, parts: list[tuple[Row, Positions, Bits, Bits]]) -> Graft:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from hotgraft.errors import CoverageError, LayoutError
-from hotgraft.placement.slots import Slot
+from hotgraft.placement.slots import Slot, plain_name
 from hotgraft.weights import sample
 
 Names = Mapping[str, str] | Callable[[str], str]
@@ -23,8 +24,8 @@ def resolve_names(
     slots: Mapping[str, Slot],
     model: torch.nn.Module,
     names: Names | None = None,
-) -> tuple[dict[str, Slot], list[str]]:
-    """The slot of every wanted name, and the names that have none.
+) -> tuple[dict[str, str], list[str]]:
+    """The host's name for every wanted name, and the names that have none.
 
     Tried in turn: what `names` says; the same name; one prefix added to or taken from all names
     (`encoder.` against `bert.encoder.`), if exactly one fits; the tensor that a missing tied one is
@@ -35,25 +36,25 @@ def resolve_names(
         LayoutError: the module stores the tensor in another layout (fused experts).
     """
     wanted = list(wanted)
-    found: dict[str, Slot] = {}
+    found: dict[str, str] = {}
     for name in wanted:
         target = names(name) if callable(names) else (names or {}).get(name)
         if target is not None and target not in slots:
-            raise CoverageError(f"names maps {name!r} to {target!r}, which the host lacks")
-        if target is not None or name in slots:
-            found[name] = slots[target if target is not None else name]
-    rest = [name for name in wanted if name not in found]
+            raise CoverageError(
+                f"names maps {name!r} to {target!r}, which the host lacks; the nearest name it has "
+                f"is {_nearest(target, slots)!r}"
+            )
+        if target is not None or plain_name(name) in slots:
+            found[name] = plain_name(name) if target is None else target
+    rest = {name: plain_name(name) for name in wanted if name not in found}
     if rest:
         ties = _ties(model)
-        tied = {name: slots[ties[name]] for name in rest if ties.get(name) in slots}
-        rename = _one_prefix([n for n in rest if n not in tied], slots)
-        for name in rest:
-            if name in tied:
-                found[name] = tied[name]
-            elif rename(name) in slots:
-                found[name] = slots[rename(name)]
-            elif ties.get(rename(name)) in slots:
-                found[name] = slots[ties[rename(name)]]
+        rename = _one_prefix([plain for plain in rest.values() if plain not in ties], slots)
+        for name, plain in rest.items():
+            candidates = (rename(plain), ties.get(plain), ties.get(rename(plain)))
+            target = next((c for c in candidates if c in slots), None)
+            if target is not None:
+                found[name] = target
     missing = [name for name in wanted if name not in found]
     for name in missing:
         _refuse_fused(name, slots)
@@ -62,12 +63,16 @@ def resolve_names(
 
 def missing_message(missing: list[str], slots: Mapping[str, Slot]) -> str:
     """What to say of names that the host lacks."""
-    close = difflib.get_close_matches(missing[0], slots, n=1, cutoff=0.0)
     return (
-        f"the host lacks {sample(missing)}; the nearest name it has is {close[0]!r}. Give names= "
+        f"the host lacks {sample(missing)}; the nearest name it has to {missing[0]!r} is "
+        f"{_nearest(missing[0], slots)!r}. Give names= "
         "(a mapping or function from the graft's names to the host's), or partial=True to leave "
         "them out"
     )
+
+
+def _nearest(name: str, slots: Mapping[str, Slot]) -> str:
+    return difflib.get_close_matches(name, slots, n=1, cutoff=0.0)[0]
 
 
 def _ties(model: torch.nn.Module) -> dict[str, str]:
@@ -81,29 +86,32 @@ def _ties(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _one_prefix(names: list[str], slots: Mapping[str, Slot]) -> Callable[[str], str]:
-    """The one renaming by a prefix that finds most of the names; the identity if none does."""
-    if not names:
-        return lambda name: name
-    renamings: dict[tuple[str, str], Callable[[str], str]] = {}
-    probe = max(names, key=lambda name: name.count("."))
+    """The one renaming by a prefix that finds the most names; the identity if none finds any."""
+    longer: dict[str, list[str]] = {}  # the tail of a host's name -> what stands before it
     for slot in slots:
-        if slot.endswith("." + probe):
-            prefix = slot[: -len(probe)]
-            renamings["add", prefix] = lambda name, p=prefix: p + name  # type: ignore[misc]
-        elif probe.endswith("." + slot):
-            prefix = probe[: -len(slot)]
-            renamings["drop", prefix] = lambda name, p=prefix: (  # type: ignore[misc]
-                name.removeprefix(p)
-            )
-    hits = {key: sum(r(name) in slots for name in names) for key, r in renamings.items()}
+        for prefix, tail in _splits(slot):
+            longer.setdefault(tail, []).append(prefix)
+    hits: Counter[tuple[str, str]] = Counter()
+    for name in names:
+        hits.update(("add", prefix) for prefix in longer.get(name, ()))
+        hits.update(("drop", prefix) for prefix, tail in _splits(name) if tail in slots)
     best = [key for key, count in hits.items() if count == max(hits.values())]
     if len(best) > 1:
-        choices = ", ".join(f"{verb} {prefix!r}" for verb, prefix in sorted(best))
+        choices = sample([f"{verb} {prefix}" for verb, prefix in best])
         raise CoverageError(
-            f"{probe!r} fits several tensors of the host equally well ({choices}); say which with "
-            "names="
+            f"{sample(names)} fit several tensors of the host equally well ({choices}); say which "
+            "with names="
         )
-    return renamings[best[0]] if best else lambda name: name
+    if not best:
+        return lambda name: name
+    verb, prefix = best[0]
+    return (lambda name: prefix + name) if verb == "add" else lambda name: name.removeprefix(prefix)
+
+
+def _splits(name: str) -> list[tuple[str, str]]:
+    """Every way to cut a name after one of its dots."""
+    cuts = [at + 1 for at, letter in enumerate(name) if letter == "."]
+    return [(name[:cut], name[cut:]) for cut in cuts]
 
 
 def _refuse_fused(name: str, slots: Mapping[str, Slot]) -> None:

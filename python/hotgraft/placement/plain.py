@@ -37,7 +37,7 @@ class Plan:
     graft: Graft
     launches: tuple[Launch, ...]
     watch: Watch
-    """The parameters it writes."""
+    """The parameters and buffers it writes."""
 
     def locate(self, launch: Launch, entry: int) -> tuple[str, int]:
         """The tensor's name and the C-order position behind a table entry."""

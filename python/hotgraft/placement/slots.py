@@ -40,8 +40,9 @@ class Slot:
     tensor: torch.Tensor
     places: list[Place]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
+        """One object for as long as the slot lives, which the rows of every skill share."""
         return tuple(self.tensor.shape)
 
     @property
@@ -102,15 +103,15 @@ def check_writable(slot: Slot, regions: Regions) -> None:
     """
     tensor, name = slot.tensor, slot.name
     kind = type(tensor).__name__
-    if is_traceable_wrapper_subclass(tensor) or any(
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ParameterError(f"{name!r} is not initialised yet: run the model once first")
+    if _is_opaque(tensor) or any(
         hasattr(tensor, mark) for mark in ("quant_state", "SCB", "compress_statistics")
     ):
         raise ParameterError(
             f"{name!r} is a {kind}, which stores other bits than its values (quantised or "
             "sharded): load the model with plain tensors"
         )
-    if torch.nn.parameter.is_lazy(tensor):
-        raise ParameterError(f"{name!r} is not initialised yet: run the model once first")
     if tensor.is_meta:
         raise ParameterError(
             f"{name!r} is on the meta device, so it has no data here (offloaded, or not loaded "

@@ -13,17 +13,6 @@ import torch
 from hotgraft.errors import HostChangedError
 from hotgraft.placement.slots import Slot
 
-_watches: WeakValueDictionary[tuple[Slot, ...], Watch] = WeakValueDictionary()
-
-
-def watch(slots: tuple[Slot, ...]) -> Watch:
-    """The watch over these slots; skills that write the same tensors share one."""
-    found = _watches.get(slots)
-    if found is None:
-        found = _watches[slots] = Watch(slots)
-    return found
-
-
 Counters = npt.NDArray[np.int64]
 """Autograd version counters, a cell a place of the host."""
 
@@ -96,3 +85,14 @@ class Watch:
 
     def _versions(self) -> Counters:
         return np.fromiter(map(_version, self._counted), np.int64, len(self._counted))
+
+
+_watches: WeakValueDictionary[tuple[Slot, ...], Watch] = WeakValueDictionary()
+
+
+def watch(slots: tuple[Slot, ...]) -> Watch:
+    """The watch over these slots; plans that write the same tensors share one."""
+    found = _watches.get(slots)
+    if found is None:
+        found = _watches[slots] = Watch(slots)
+    return found
