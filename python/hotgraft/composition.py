@@ -91,7 +91,7 @@ def compose(
             rows.append(Row(name, shapes[name], dtype, block, first, count))
         groups[dtype] = Group(merged.positions, merged.new, merged.old)
     rows.sort(key=lambda row: (row.name, row.block))
-    return Graft(rows, groups, _provenance(ordered))
+    return Graft(rows, groups, _provenance(ordered, sum(row.count for row in rows)))
 
 
 def _check_arguments(grafts: Sequence[Graft], policy: str, weights: Sequence[float]) -> None:
@@ -156,6 +156,11 @@ def _check_merged(merged: Merged, labels: Sequence[str], places: list[tuple[str,
             f"{where(merged.first_base_mismatch)}: they were made against different bases; rebase "
             "one of them"
         )
+    if merged.overflows:
+        raise NonFiniteError(
+            f"{merged.overflows} composed values are not finite, first "
+            f"{where(merged.first_overflow)}; use smaller weights"
+        )
     if merged.conflicts.any():
         pairs = ", ".join(
             f"{labels[i]} and {labels[j]} on {merged.conflicts[i, j]}"
@@ -165,17 +170,14 @@ def _check_merged(merged: Merged, labels: Sequence[str], places: list[tuple[str,
             f"grafts disagree on shared entries ({pairs}) and the policy is 'refuse'; choose "
             "priority, sum, mean or sign"
         )
-    if merged.overflows:
-        raise NonFiniteError(
-            f"{merged.overflows} composed values are not finite, first "
-            f"{where(merged.first_overflow)}; use smaller weights"
-        )
 
 
-def _provenance(grafts: Sequence[Graft]) -> Provenance:
+def _provenance(grafts: Sequence[Graft], entries: int) -> Provenance:
     scopes = {(g.provenance.scope, g.provenance.eligible) for g in grafts}
     bases = {g.provenance.base_id for g in grafts}
     scope, eligible = scopes.pop() if len(scopes) == 1 else ("covered", 0)
+    if scope == "covered" or eligible < entries:  # what is covered is counted anew
+        scope, eligible = "covered", 0
     return Provenance(bases.pop() if len(bases) == 1 else None, scope, eligible, "composed")
 
 

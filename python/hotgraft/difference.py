@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from math import floor, prod
@@ -81,7 +82,7 @@ def diff(
     """
     with open_weights(base) as left, open_weights(finetuned) as right:
         label, names = in_scope(left.specs, scope)
-        _check_same(left, right, names, scope)
+        _check_same(left, right, names, label)
         eligible = sum(prod(left.specs[name].shape) for name in names)
         k = _entries_wanted(density, count, eligible, label)
         runner = kernels.resolve(backend)
@@ -172,14 +173,14 @@ class _Parts:
         return Graft(self.rows, self._groups, provenance)
 
 
-def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], scope: Scope) -> None:
+def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], label: str) -> None:
     missing = set(names) - set(right.specs)
     if missing:
         raise CoverageError(
             f"the fine-tuned model lacks {sample(missing)}, which the base has in scope "
-            f"{scope!r}; name a scope without them, or rename them"
+            f"{label!r}; name a scope without them, or rename them"
         )
-    if scope == "all":
+    if label == "all":
         extra = set(right.specs) - set(left.specs)
         if extra:
             raise CoverageError(
@@ -203,6 +204,7 @@ def _entries_wanted(
     if density is not None and count is not None:
         raise GraftError("give density or count, not both")
     if count is not None:
+        count = operator.index(count)
         if not 0 < count <= eligible:
             raise GraftError(f"count {count} is not in [1, {eligible}], the eligible elements")
         return count

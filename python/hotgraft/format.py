@@ -174,6 +174,16 @@ def validate(rows: Sequence[Row], groups: Mapping[str, Group]) -> None:
         _validate_row(row, before, groups, filled.get(row.dtype, -1))
         filled[row.dtype] += row.count
     for name, group in groups.items():
+        if name not in DTYPES:
+            raise GraftError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
+        for part, array, kind in zip(
+            Group._fields, group, (np.dtype(np.int32), *[DTYPES[name].bits] * 2), strict=True
+        ):
+            if array.dtype != kind or array.ndim != 1 or not array.flags.c_contiguous:
+                raise GraftError(
+                    f"{name}.{part} is {array.dtype} of shape {list(array.shape)}; wanted a flat, "
+                    f"contiguous {kind}"
+                )
         sizes = {len(group.positions), len(group.new), len(group.old)}
         if sizes != {filled[name]} or not filled[name]:
             raise GraftError(
@@ -228,6 +238,16 @@ def _validate_positions(rows: Sequence[Row], positions: Positions) -> None:
                 f"{row.name!r}: positions must ascend without repeats, but {here[falls[0] + 1]} "
                 f"follows {here[falls[0]]}"
             )
+
+
+def check_eligible(eligible: int, rows: Sequence[Row]) -> None:
+    """Raises `GraftError` if `eligible` cannot be the denominator of these rows' density."""
+    entries = sum(row.count for row in rows)
+    if not entries <= eligible < 2**63:
+        raise GraftError(
+            f"{eligible} eligible elements cannot be: the graft has {entries} entries, and a model "
+            "fewer than 2^63 elements"
+        )
 
 
 def content_id(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
@@ -341,8 +361,7 @@ def read(
         groups = _parse_groups(tensors)
         validate(rows, groups)
         eligible = int(metadata["eligible"])
-        if eligible < sum(r.count for r in rows):
-            raise GraftError(f"{eligible} eligible elements are fewer than its entries")
+        check_eligible(eligible, rows)
         provenance = Provenance(
             base_id=metadata.get("base_id"),
             scope=metadata["scope"],

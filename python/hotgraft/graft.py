@@ -168,8 +168,7 @@ class Graft:
             file_format.validate(rows, groups)
         covered = sum(prod(shape) for shape in {r.name: r.shape for r in rows}.values())
         eligible = provenance.eligible or covered
-        if eligible < sum(r.count for r in rows):
-            raise GraftError(f"{eligible} eligible elements are fewer than the graft's entries")
+        file_format.check_eligible(eligible, rows)
         changes = {"eligible": eligible, "creator": provenance.creator or file_format.creator()}
         object.__setattr__(self, "rows", rows)
         frozen = {name: Group(*map(read_only, group)) for name, group in groups.items()}
@@ -205,7 +204,13 @@ class Graft:
                     f"{len(old)} old ({old.dtype}) values; wanted as many of each, of one dtype"
                 )
             dtype = dtype_of(new.dtype, name)
-            where = np.asarray(indices, np.int64)
+            given = np.asarray(indices)
+            if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+                raise GraftError(
+                    f"{name!r}: indices must be flat integers, not {given.dtype} of shape "
+                    f"{list(given.shape)}"
+                )
+            where = given.astype(np.int64)
             if len(where) and (where.min() < 0 or where.max() >= prod(shape)):
                 raise GraftError(f"{name!r}: an index is outside shape {list(shape)}")
             into = parts.setdefault(dtype.name, [])

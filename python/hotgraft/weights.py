@@ -88,6 +88,12 @@ def open_weights(source: Weights) -> Iterator[Checkpoint]:
 def _from_state(state: Mapping[str, torch.Tensor]) -> Checkpoint:
     specs, seen = {}, set()
     for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            found = getattr(tensor, "layout", type(tensor).__name__)
+            raise ParameterError(
+                f"{name!r} is a {found}, not a dense tensor: pass a mapping of tensors, such as a "
+                "module's state_dict()"
+            )
         if tensor.is_meta:
             raise ParameterError(f"{name!r} is on the meta device: load its weights first")
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)

@@ -38,7 +38,10 @@ class Source(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What `merge` found: the union's arrays and what stood in its way."""
+    """What `merge` found: the union's arrays and what stood in its way.
+
+    After an overflow `new` and `conflicts` say nothing.
+    """
 
     counts: npt.NDArray[np.int64]
     """int64[rows]: entries of each row's union."""
