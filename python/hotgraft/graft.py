@@ -179,6 +179,9 @@ class Graft:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Graft is immutable: cannot set {name!r}")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Graft is immutable: cannot delete {name!r}")
+
     # ---- making ------------------------------------------------------------------------------
 
     @classmethod
