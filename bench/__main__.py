@@ -31,7 +31,7 @@ def run(
     rows.start(path, environment.describe(quick))
     for name in names or cases.CASES:
         with tempfile.TemporaryDirectory() as scratch:
-            cases.load(name)(Session(path, Path(scratch), quick))
+            cases.named(name)(Session(path, Path(scratch), quick))
     typer.echo(f"rows in {path}")
 
 

@@ -21,7 +21,7 @@ CASES = {
 }
 
 
-def load(name: str) -> Callable[[Session], None]:
+def named(name: str) -> Callable[[Session], None]:
     """The function that runs a case."""
     run: Callable[[Session], None] = importlib.import_module(f"bench.cases.{name}").run
     return run
