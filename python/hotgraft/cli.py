@@ -1,0 +1,465 @@
+"""The command `hotgraft`. Exit status: 0, or 1 (a check failed, hotgraft refused), or 2 (bad use).
+
+What takes long to import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hotgraft.console import Output, number, percent, size
+
+if TYPE_CHECKING:
+    from hotgraft.graft import Graft
+
+app = typer.Typer(
+    name="hotgraft",
+    help="Version control for live weights: find, store, compose and hot-swap sparse patches.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of the command `hotgraft`."""
+    app(prog_name="hotgraft")
+
+
+# ---- what the commands share ------------------------------------------------------------------
+
+
+def _one_of(names: Callable[[], Sequence[str]]) -> Callable[[str], str]:
+    """A check that an option is one of some names."""
+
+    def check(value: str) -> str:
+        if value not in names():
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names())}")
+        return value
+
+    return check
+
+
+def _policies() -> Sequence[str]:
+    from hotgraft.kernels import POLICIES
+
+    return POLICIES
+
+
+def _scopes() -> Sequence[str]:
+    from hotgraft.scope import SCOPES
+
+    return tuple(SCOPES)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """`--weights 1,0.5` as numbers."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not numbers with commas between them", param_hint="--weights"
+        ) from None
+    if not all(map(math.isfinite, numbers)):
+        raise typer.BadParameter(f"{text!r} is not finite", param_hint="--weights")
+    return numbers
+
+
+def _weights_for(text: str | None, paths: Sequence[Path]) -> list[float] | None:
+    weights = _numbers(text)
+    if weights is not None and len(weights) != len(paths):
+        raise typer.BadParameter(
+            f"{len(weights)} weights for {len(paths)} grafts", param_hint="--weights"
+        )
+    return weights
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """What to call graft files: their names, or their paths where two names are the same."""
+    names = [path.name.removesuffix(".safetensors").removesuffix(".graft") for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _load(paths: Sequence[Path]) -> list[Graft]:
+    from hotgraft.graft import Graft
+
+    return [Graft.load(path) for path in paths]
+
+
+def _saved(graft: Graft, path: Path) -> dict[str, object]:
+    """What `diff` and `compose` report of the file they wrote."""
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "id": graft.id,
+        "entries": graft.nnz,
+        "tensors": len(graft.names),
+        "density": graft.density,
+        "scope": graft.provenance.scope,
+        "eligible": graft.provenance.eligible,
+        "method": graft.provenance.method,
+        "base_id": graft.provenance.base_id,
+    }
+
+
+def _say_saved(output: Output, graft: Graft, path: Path) -> None:
+    output.result(_saved(graft, path))
+    output.facts(
+        {
+            "wrote": f"{path} ({size(path.stat().st_size)})",
+            "entries": f"{number(graft.nnz)} in {number(len(graft.names))} tensors",
+            "density": f"{percent(graft.density)} of {number(graft.provenance.eligible)} elements "
+            f"(scope {graft.provenance.scope})",
+            "method": graft.provenance.method,
+            "id": graft.id,
+            "base id": graft.provenance.base_id or "not stored",
+        }
+    )
+
+
+def _base_id(output: Output, base: Path) -> str:
+    """A base's id, with a bar while it is computed: everything is read once."""
+    from hotgraft.weights import fingerprint
+
+    with output.bars() as bars:
+        bars.add_task(f"hashing {base.name}", total=None)
+        return fingerprint(base)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+GraftPath = Annotated[Path, typer.Argument(metavar="GRAFT", help="A *.graft.safetensors file.")]
+GraftPaths = Annotated[list[Path], typer.Argument(metavar="GRAFT", help="Graft files.")]
+Policy = Annotated[
+    str,
+    typer.Option(
+        callback=_one_of(_policies),
+        help="How grafts meet: refuse, priority (the last named wins), sum, mean or sign.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="W,W,...", help="A number a graft, commas between them. Default: all 1."),
+]
+BASE_HELP = "A .safetensors file or a checkpoint folder."
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from hotgraft.format import creator
+
+        typer.echo(creator())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Version control for live weights: find, store, compose and hot-swap sparse patches."""
+
+
+# ---- the commands -----------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    train: Annotated[
+        bool, typer.Option("--train", help="Fine-tune and make the skills again (minutes).")
+    ] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="A folder with all-MiniLM-L6-v2, instead of the package's.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("hotgraft-demo"),
+    texts: Annotated[
+        int, typer.Option(min=10, help="Test texts a task; the whole test set has about 1,000.")
+    ] = 300,
+    as_json: Json = False,
+) -> None:
+    """Swap two real skills in and out of a pretrained encoder, and prove that nothing is left."""
+    with Output(as_json) as output:
+        from hotgraft.demo import run
+
+        run.demo(output, train=train, model_folder=model, out=out, texts=texts)
+
+
+@app.command("diff")
+def diff_command(
+    base: Annotated[Path, typer.Argument(help=BASE_HELP)],
+    finetuned: Annotated[Path, typer.Argument(help=BASE_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The graft file to write.")],
+    density: Annotated[
+        float | None, typer.Option(help="Keep this share of the eligible entries, in (0, 1].")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Keep this many entries.")] = None,
+    scope: Annotated[
+        str,
+        typer.Option(callback=_one_of(_scopes), help="Eligible tensors: all, encoder or linear."),
+    ] = "all",
+    base_id: Annotated[
+        bool, typer.Option("--base-id", help="Compute the base's id (reads all of it) and store it")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the graft that leads from BASE to FINETUNED: exact, or its largest changes."""
+    if density is not None and count is not None:
+        raise typer.BadParameter("give --density or --count, not both", param_hint="--count")
+    if density is not None and not 0 < density <= 1:
+        raise typer.BadParameter(f"{density} is not in (0, 1]", param_hint="--density")
+    with Output(as_json) as output:
+        from hotgraft.difference import diff
+
+        identity = _base_id(output, base) if base_id else None
+        with output.bar("comparing") as progress:
+            graft = diff(
+                base, finetuned, density=density, count=count, scope=scope, base_id=identity,
+                progress=progress,
+            )  # fmt: skip
+        graft.save(out)
+        _say_saved(output, graft, out)
+
+
+@app.command("inspect")
+def inspect_command(graft: GraftPath, as_json: Json = False) -> None:
+    """Say what a graft file holds, tensor by tensor. The file is mapped, not held."""
+    with Output(as_json) as output:
+        from hotgraft.inspection import inspect
+
+        found = inspect(graft)
+        output.result(
+            {
+                "path": str(graft),
+                "bytes": found.nbytes,
+                "entries": found.entries,
+                "density": found.density,
+                "metadata": dict(found.metadata),
+                "tensors": [
+                    {
+                        **tensor._asdict(),
+                        "largest_change": _finite(tensor.largest_change),
+                    }
+                    for tensor in found.tensors
+                ],
+            }
+        )
+        about = {k: v for k, v in found.metadata.items() if k not in {"density", "eligible"}}
+        output.facts(
+            {
+                "file": f"{graft} ({size(found.nbytes)})",
+                "entries": f"{number(found.entries)} in {number(len(found.tensors))} tensors",
+                "density": f"{percent(found.density)} of {number(found.eligible)} elements "
+                f"(scope {about.pop('scope')})",
+                **{name.replace("_", " "): about[name] for name in sorted(about)},
+            }
+        )
+        output.table(
+            ["tensor", "shape", "type", "entries", "share", "largest change"],
+            [
+                [
+                    tensor.name,
+                    "×".join(map(str, tensor.shape)),
+                    tensor.dtype,
+                    number(tensor.entries),
+                    percent(tensor.share),
+                    f"{tensor.largest_change:.4g}",
+                ]
+                for tensor in found.tensors
+            ],
+            words=3,
+        )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+@app.command()
+def verify(
+    graft: GraftPath,
+    base: Annotated[
+        Path | None, typer.Option(help="Check too that this checkpoint holds the old bits.")
+    ] = None,
+    base_id: Annotated[
+        bool, typer.Option("--base-id", help="Check too the base's id (reads all of the base).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a graft file: its contents, its id, and that a base holds what it wants to replace."""
+    if base_id and base is None:
+        raise typer.BadParameter("it needs --base", param_hint="--base-id")
+    with Output(as_json) as output:
+        from hotgraft.checkpoint import check
+        from hotgraft.errors import BaseMismatchError
+        from hotgraft.graft import Graft
+
+        loaded = Graft.load(graft)
+        checked = {"file": f"{graft}: contents and id hold ({loaded.id})"}
+        if base is not None:
+            check(loaded, base)
+            checked["base"] = f"{base}: all {number(loaded.nnz)} entries hold the old bits"
+        if base is not None and base_id:
+            stored = loaded.provenance.base_id
+            found = _base_id(output, base)
+            if found != stored:
+                raise BaseMismatchError(
+                    f"{base}: its id is {found}, but the graft was made against "
+                    f"{stored or 'a base whose id it does not state'}"
+                )
+            checked["base id"] = f"{base}: it is {stored}, as the graft states"
+        output.result(
+            {
+                "ok": True,
+                "id": loaded.id,
+                "entries": loaded.nnz,
+                "base": None if base is None else str(base),
+                "checked": list(checked),
+            }
+        )
+        for sentence in checked.values():
+            output.say(f"ok  {sentence}")
+
+
+@app.command("apply")
+def apply_command(
+    base: Annotated[Path, typer.Argument(help=BASE_HELP)],
+    grafts: GraftPaths,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write: new or empty.")],
+    policy: Policy = "refuse",
+    weights: Weights = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let a graft write NaN and infinity.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write BASE with the grafts applied as a full checkpoint folder, config and tokenizer along.
+
+    The base's bits are checked first. Other files of weights in the base's folder stay behind.
+    """
+    numbers = _weights_for(weights, grafts)
+    with Output(as_json) as output:
+        from hotgraft.checkpoint import apply
+
+        loaded = _load(grafts)
+        with output.bar("writing") as progress:
+            applied = apply(
+                base, loaded, out, policy, numbers,
+                labels=_labels(grafts), allow_nonfinite=allow_nonfinite, progress=progress,
+            )  # fmt: skip
+        output.result(
+            {
+                "path": str(applied.folder),
+                "bytes": applied.nbytes,
+                "id": applied.graft.id,
+                "entries": applied.graft.nnz,
+                "shards": list(applied.shards),
+                "copied": list(applied.copied),
+                "left_out": list(applied.left_out),
+            }
+        )
+        output.facts(
+            {
+                "wrote": f"{applied.folder} ({size(applied.nbytes)})",
+                "entries": number(applied.graft.nnz),
+                "weights": ", ".join(applied.shards),
+                "along": ", ".join(applied.copied) or "nothing else was there",
+            }
+        )
+        if applied.left_out:
+            output.note(
+                "left out, because they may hold the base's weights or are hidden: "
+                + ", ".join(applied.left_out)
+            )
+
+
+@app.command("compose")
+def compose_command(
+    grafts: GraftPaths,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The graft file to write.")],
+    policy: Policy = "refuse",
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Join grafts of one base into one."""
+    numbers = _weights_for(weights, grafts)
+    with Output(as_json) as output:
+        from hotgraft.composition import compose
+
+        graft = compose(_load(grafts), policy, numbers, labels=_labels(grafts))
+        graft.save(out)
+        _say_saved(output, graft, out)
+
+
+@app.command("overlap")
+def overlap_command(grafts: GraftPaths, as_json: Json = False) -> None:
+    """Say how many positions grafts share, pair by pair."""
+    if len(grafts) < 2:
+        raise typer.BadParameter("give at least two grafts", param_hint="GRAFT...")
+    with Output(as_json) as output:
+        from hotgraft.composition import overlap
+
+        names = _labels(grafts)
+        found = overlap(_load(grafts))
+        output.result(
+            {
+                "grafts": names,
+                "counts": found.counts.tolist(),
+                "jaccard": found.jaccard.tolist(),
+                "share": found.share.tolist(),
+            }
+        )
+        for title, matrix, shown in (
+            ("entries in both", found.counts.tolist(), number),
+            ("in both / in either (Jaccard)", found.jaccard.tolist(), percent),
+            ("the column's share that lies in the row", found.share.tolist(), percent),
+        ):
+            rows = [[name, *map(shown, values)] for name, values in zip(names, matrix, strict=True)]
+            output.table(["", *names], rows, title=title)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is built, which backends work here, and why the others do not."""
+    with Output(as_json) as output:
+        from hotgraft.doctor import diagnose
+
+        found = diagnose()
+        output.result(found)
+        native, parts = found["native"], found["demo"]
+        sets = native["instruction_sets"] if native else {}
+        output.facts(
+            {
+                "hotgraft": f"{found['hotgraft']}, Python {found['python']}, {found['platform']}",
+                "torch": f"{found['torch']}, {found['torch_threads']} threads",
+                "extension": f"compiler {native['compiler']}, {native['threads']} threads"
+                if native
+                else "does not load, see the backend cpu",
+                "instruction sets": ", ".join(
+                    name if runs else f"({name}: not on this processor)"
+                    for name, runs in sets.items()
+                ),
+                "CUDA": (native and native["cuda"]) or "not built in this version",
+                "demo": f"ready, model in {parts['model']}" if parts["ready"] else parts["why_not"],
+                **{
+                    f"  {name}": installed or "not installed"
+                    for name, installed in parts["packages"].items()
+                },
+            }
+        )
+        output.table(
+            ["backend", "here"],
+            [[name, why or "works"] for name, why in found["backends"].items()],
+            words=2,
+        )
+        if not found["ok"]:
+            raise typer.Exit(1)
