@@ -22,7 +22,7 @@ Regions = list[tuple[int, int, bool]]
 class Place(NamedTuple):
     """Where in a model a tensor hangs."""
 
-    owner: Mapping[str, Any]
+    owner: dict[str, Any]
     """The owning module's `_parameters` or `_buffers`."""
     key: str
     tensor: torch.Tensor
@@ -39,6 +39,8 @@ class Slot:
     """The first of its names."""
     tensor: torch.Tensor
     places: list[Place]
+    family: list[Place]
+    """Every place of the same storage: their tensors may share a version counter."""
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -55,6 +57,7 @@ def find_slots(model: torch.nn.Module) -> dict[str, Slot]:
     """Every parameter and persistent buffer by its checkpoint name; tied ones share a slot."""
     slots: dict[str, Slot] = {}
     first: dict[object, Slot] = {}
+    families: dict[object, list[Place]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         transient = module._non_persistent_buffers_set
         for owner, skipped in ((module._parameters, set()), (module._buffers, transient)):
@@ -62,8 +65,11 @@ def find_slots(model: torch.nn.Module) -> dict[str, Slot]:
                 if tensor is None or key in skipped:
                     continue
                 name = plain_name(f"{prefix}.{key}" if prefix else key)
-                slot = first.setdefault(_identity(tensor), Slot(name, tensor, []))
+                storage, view = _identity(tensor)
+                family = families.setdefault(storage, [])
+                slot = first.setdefault((storage, view), Slot(name, tensor, [], family))
                 slot.places.append(Place(owner, key, tensor, len(slots)))
+                family.append(slot.places[-1])
                 slots[name] = slot
     return slots
 
@@ -78,11 +84,12 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _identity(tensor: torch.Tensor) -> object:
-    """Equal for tensors that are the same elements of the same memory."""
+def _identity(tensor: torch.Tensor) -> tuple[object, object]:
+    """Of its storage, and of its place in there: both equal for tensors that are tied."""
     if _is_opaque(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        return id(tensor), None
+    view = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return (tensor.device, tensor.untyped_storage().data_ptr()), view
 
 
 def _is_opaque(tensor: torch.Tensor) -> bool:

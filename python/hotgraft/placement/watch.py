@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, is_
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -39,14 +39,16 @@ class Watch:
         # nothing moved.
         self._storages = tuple(tensor.untyped_storage() for tensor in self._tensors)
         # Inference tensors have no version counter: what is written to them, only verify() sees.
-        counted = {id(p.tensor): p for _, p in self._places if not p.tensor.is_inference()}
+        family = [place for slot in slots for place in slot.family]
+        counted = {id(p.tensor): p for p in family if not p.tensor.is_inference()}
         self._counted = tuple(place.tensor for place in counted.values())
         self.cells = np.array([place.cell for place in counted.values()], np.int64)
         """The host's counters that are this watch's."""
+        self._alone = len(family) == len(slots)  # each counter is one tensor's
 
     def check_in_place(self) -> None:
         """Raises `HostChangedError` if a tensor was replaced or its storage moved."""
-        if not all(map(is_, map(getitem, self._owners, self._keys), self._tensors)):
+        if not all(map(is_, map(dict.get, self._owners, self._keys), self._tensors)):
             slot = next(s for s, p in self._places if p.owner.get(p.key) is not p.tensor)
             raise HostChangedError(
                 f"the parameter {slot.name!r} was replaced by another object since the host was "
@@ -66,9 +68,10 @@ class Watch:
         if np.array_equal(found, wanted):
             return
         at = int(np.flatnonzero(found != wanted)[0])
-        slot = next(s for s, p in self._places if p.tensor is self._counted[at])
+        writer = self._counted[at]
+        name = next(s.name for s, _ in self._places if any(p.tensor is writer for p in s.family))
         raise HostChangedError(
-            f"somebody wrote to {slot.name!r} (its version went from {int(wanted[at])} to "
+            f"somebody wrote to {name!r} (its version went from {int(wanted[at])} to "
             f"{int(found[at])}): an optimiser step, load_state_dict, ...? host.verify() looks "
             "whether the entries still hold what they should and then goes on; host.adopt() takes "
             "the weights as they are for the new base"
@@ -81,7 +84,10 @@ class Watch:
     def bump(self, expected: Counters) -> None:
         """Count a write in the tensors' version counters, as torch's own in-place writes do."""
         torch.autograd.graph.increment_version(self._counted)
-        expected[self.cells] += 1
+        if self._alone:
+            expected[self.cells] += 1
+        else:
+            self.record(expected)
 
     def _versions(self) -> Counters:
         return np.fromiter(map(_version, self._counted), np.int64, len(self._counted))
