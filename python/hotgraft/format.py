@@ -2,7 +2,7 @@
 
 `docs/format.md` is the specification. A file is read whole into private memory, then parsed and
 checked there, so a file that is rewritten or cut short meanwhile can fail a check but cannot
-change what was checked. safetensors does the header; nothing here unpickles.
+change what was checked. safetensors reads the header; nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import torch
-from safetensors.torch import save_file
 
 from hotgraft.errors import FormatError, GraftError
 
@@ -200,7 +199,7 @@ def _validate_row(row: Row, before: Row | None, groups: Mapping[str, Group], fil
         )
     if row.dtype not in groups:
         raise GraftError(f"{row.name!r} is of dtype {row.dtype}, but the graft has no such arrays")
-    if any(size <= 0 for size in row.shape) or prod(row.shape) >= 2**63:
+    if not _is_possible(row.shape):
         raise GraftError(f"{row.name!r}: shape {list(row.shape)} is not a possible shape")
     if row.block % BLOCK or not 0 <= row.block < prod(row.shape):
         raise GraftError(f"{row.name!r}: block offset {row.block} is not one of its shape's blocks")
@@ -213,6 +212,15 @@ def _validate_row(row: Row, before: Row | None, groups: Mapping[str, Group], fil
         raise GraftError(f"rows must be sorted and unique: {row.name!r} follows {before.name!r}")
     if before is not None and before.name == row.name and before[:3] != row[:3]:
         raise GraftError(f"{row.name!r}: its blocks disagree on shape or dtype")
+
+
+def _is_possible(shape: Sequence[int]) -> bool:
+    elements = 1
+    for size in shape:
+        elements *= max(size, 0)
+        if not 0 < elements < 2**63:  # at once: a hostile shape's product could fill the memory
+            return False
+    return True
 
 
 def _validate_positions(rows: Sequence[Row], positions: Positions) -> None:
@@ -288,13 +296,6 @@ def write(
         OSError: the folder is missing or cannot be written.
     """
     target = Path(path)
-    tensors = {}
-    for name, group in groups.items():
-        dtype = DTYPES[name].torch
-        # Copies, because torch does not take read-only arrays.
-        tensors[f"{name}.positions"] = torch.from_numpy(group.positions.copy())
-        tensors[f"{name}.new"] = torch.from_numpy(group.new.copy()).view(dtype)
-        tensors[f"{name}.old"] = torch.from_numpy(group.old.copy()).view(dtype)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -308,13 +309,30 @@ def write(
     }
     if provenance.base_id is not None:
         metadata["base_id"] = provenance.base_id
+    arrays = {
+        f"{name}.{part}": (array, kind)
+        for name, group in groups.items()
+        for part, array, kind in zip(Group._fields, group, ("I32", name, name), strict=True)
+    }
+    # The largest items first, so that all are aligned; in one order, so that a graft has one file.
+    order = sorted(arrays, key=lambda name: (-arrays[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        array, kind = arrays[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": kind, "shape": [len(array)], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
     try:
-        save_file(tensors, temporary, metadata)
+        with open(handle, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                file.write(arrays[name][0].data)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -345,7 +363,7 @@ def read(
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not a safetensors file: {error}") from error
     del data
-    metadata = header.get("__metadata__", {})
+    metadata = header.get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise FormatError(
             f"{path}: a safetensors file, but not a graft (format {metadata.get('format')!r}, "
@@ -360,6 +378,8 @@ def read(
         rows = _parse_table(metadata["table"])
         groups = _parse_groups(tensors)
         validate(rows, groups)
+        if not metadata["eligible"].isdecimal():
+            raise GraftError(f"eligible is {metadata['eligible']!r}, not a count")
         eligible = int(metadata["eligible"])
         check_eligible(eligible, rows)
         provenance = Provenance(
@@ -388,10 +408,9 @@ def _parse_table(text: str) -> tuple[Row, ...]:
         rows = []
         for name, shape, dtype, block, first, count in table:
             numbers = (*shape, block, first, count)
-            if not (isinstance(name, str) and isinstance(dtype, str)) or any(
-                type(number) is not int for number in numbers
-            ):
-                raise TypeError(f"row {name!r} holds other than strings and integers")
+            kinds = (type(name), type(shape), type(dtype))
+            if kinds != (str, list, str) or any(type(number) is not int for number in numbers):
+                raise TypeError(f"row {name!r} is not [name, shape, dtype, block, first, count]")
             rows.append(Row(name, tuple(shape), dtype, block, first, count))
     except (TypeError, ValueError, RecursionError) as error:
         raise GraftError(f"the table is malformed: {error}") from error
