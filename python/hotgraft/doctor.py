@@ -68,7 +68,7 @@ def _demo() -> dict[str, Any]:
         from hotgraft.demo.model import find_model
 
         model, why_not = str(find_model()), None
-    except (HotgraftError, ImportError, OSError, ValueError) as error:
+    except (HotgraftError, ImportError, OSError) as error:
         model, why_not = None, str(error)
     needed = [name for name in ("transformers", "matplotlib") if packages[name] is None]
     if needed:
