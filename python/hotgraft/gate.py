@@ -12,11 +12,13 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hotgraft.errors import GateError
+
+Result = TypeVar("Result")
 
 _PATIENCE = 0.05
 """Seconds after which a waiting commit looks by itself: an interrupt may have eaten its wake-up."""
@@ -27,9 +29,9 @@ class Gate:
 
     A waiting commit holds back new passes, but not passes nested in one that runs.
 
-    KeyboardInterrupt may come after any call, also on the way into a Python function. Plain locks
-    in `with` statements and single calls of C functions are safe from that; `threading.Condition`
-    is not (an interrupt inside its `__enter__` leaves it locked), so there is none here.
+    KeyboardInterrupt may come after any call, and on the way into any Python function. What must
+    happen at an exit is therefore a plain lock in a `with` statement, an assignment, or one call of
+    a C function; `threading.Condition` and context managers written in Python are not safe.
 
     Args:
         before_pass: called as a pass enters, while no commit runs.
@@ -49,48 +51,37 @@ class Gate:
         self._committing: int | None = None  # the thread that has the turnstile to commit
         self._emptied = threading.Lock()  # released to wake the commit
         self._emptied.acquire()
-        self.forget = self._inside.pop
-        """`forget(token, None)` is the shared exit: one C function, so that nothing comes between.
-
-        Call `wake()` when it returns something."""
+        self._forget = self._inside.pop  # the shared exit: one C function
 
     @property
     def passes(self) -> int:
         """Passes (and holds) that are inside now."""
         return len(self._inside)
 
+    def share(self, work: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Do some work as a pass: waits for a commit that runs or waits, unless nested."""
+        token = object()
+        # Entering is inside the try: an interrupt between the two would otherwise leave it entered.
+        try:
+            self._enter(token)
+            return work(*args, **kwargs)
+        finally:
+            if self._forget(token, None) is not None:
+                self._wake()
+
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
-        """Shared entry: waits for a commit that runs or waits, unless nested."""
+        """The same for a block."""
         token = object()
         try:
-            self.enter(token)
+            self._enter(token)
             yield
         finally:
-            if self.forget(token, None) is not None:
-                self.wake()
+            if self._forget(token, None) is not None:
+                self._wake()
 
-    def enter(self, token: object) -> None:
-        """Shared entry under a token of the caller's, who forgets it in a `finally`."""
-        me = threading.get_ident()
-        with self._mutex:
-            if me in self._inside.values() or me == self._committing:
-                self._inside[token] = me
-                return
-        with self._turnstile:
-            self._before_pass()
-            with self._mutex:
-                self._inside[token] = me
-
-    def wake(self) -> None:
-        """Wake the commit that waits for the last pass."""
-        with self._mutex:
-            if not self._inside and self._emptied.locked():
-                self._emptied.release()
-
-    @contextlib.contextmanager
-    def committing(self) -> Iterator[None]:
-        """Exclusive entry: waits until no pass is inside.
+    def commit(self, work: Callable[[], Result]) -> Result:
+        """Do some work alone: waits until no pass is inside.
 
         Raises:
             GateError: this thread is itself inside a pass, a hold or a commit, so it would wait for
@@ -98,7 +89,7 @@ class Gate:
         """
         me = threading.get_ident()
         with self._mutex:
-            if me in self._inside.values() or me == self._committing:
+            if self._is_mine(me):
                 raise GateError(
                     "the weights cannot be switched inside a forward pass or a hold of the same "
                     "thread; switch before or after it"
@@ -108,9 +99,29 @@ class Gate:
                 self._committing = me
                 while self._is_occupied():
                     self._emptied.acquire(timeout=_PATIENCE)
-                yield
+                return work()
             finally:
                 self._committing = None
+
+    def _enter(self, token: object) -> None:
+        me = threading.get_ident()
+        with self._mutex:
+            if self._is_mine(me):
+                self._inside[token] = me
+                return
+        with self._turnstile:
+            self._before_pass()
+            with self._mutex:
+                self._inside[token] = me
+
+    def _wake(self) -> None:
+        """Wake the commit that waits for the last pass."""
+        with self._mutex:
+            if not self._inside and self._emptied.locked():
+                self._emptied.release()
+
+    def _is_mine(self, me: int) -> bool:
+        return me == self._committing or me in self._inside.values()
 
     def _is_occupied(self) -> bool:
         with self._mutex:
@@ -130,14 +141,7 @@ class GatedForward:
         functools.update_wrapper(self, self._forward)  # name, docstring and signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        token = object()
-        # Entering is inside the try: an interrupt between the two would otherwise leave it entered.
-        try:
-            self._gate.enter(token)
-            return self._forward(*args, **kwargs)
-        finally:
-            if self._gate.forget(token, None) is not None:
-                self._gate.wake()
+        return self._gate.share(self._forward, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return copy.deepcopy(self._forward, memo)

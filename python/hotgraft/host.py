@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,6 @@ from hotgraft import kernels
 from hotgraft.composition import compose
 from hotgraft.errors import (
     AdoptWarning,
-    BaseMismatchError,
     GraftError,
     HostChangedError,
     HotgraftError,
@@ -208,13 +208,20 @@ class Host:
             SkillInUseError: it is live (`force=True` deactivates everything first) or an open
                 `using` block will put it back.
         """
-        with self._gate.committing() if force else contextlib.nullcontext(), self._lock:
-            self._skill(name)
-            self._require_not_put_back(name)
-            if force and name in self.active:
-                self._ledger.commit(NOTHING)
-            self._require_not_live(name)
-            self._drop(name)
+
+        def work() -> None:
+            with self._lock:
+                self._skill(name)
+                self._require_not_put_back(name)
+                if force and name in self.active:
+                    self._ledger.commit(NOTHING)
+                self._require_not_live(name)
+                self._drop(name)
+
+        if force:
+            self._gate.commit(work)
+        else:
+            work()
 
     # ---- committing ----------------------------------------------------------------------------
 
@@ -257,7 +264,7 @@ class Host:
             self._commit(self._prepare(names, policy, weights), block)
             yield
         finally:
-            self._leave(block)
+            self._gate.commit(functools.partial(self._leave, block))
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -279,23 +286,7 @@ class Host:
         Raises:
             HostChangedError: naming the tensor, position, found and wanted bits.
         """
-        with self._gate.passing(), self._lock:
-            self._require_attached()
-            self._ledger.settle()
-            plans = {f"skill {name!r}": skill.plan for name, skill in self._skills.items()}
-            watches = dict.fromkeys(plan.watch for plan in plans.values())
-            try:
-                checked = self._ledger.check_live()
-                checked += sum(
-                    self._ledger.check_base(plan, label) for label, plan in plans.items()
-                )
-            except BaseMismatchError as error:
-                raise HostChangedError(f"somebody wrote to the weights: {error}") from error
-            if self._base_id is not None and any(map(self._ledger.was_written, watches)):
-                self._ledger.check_whole_base(self._base_id)
-            for watch in watches:
-                self._ledger.record(watch)
-            return checked
+        return self._gate.share(self._verify)
 
     def adopt(self) -> tuple[str, ...]:
         """Make the weights as they are now the new base, with nothing live.
@@ -307,20 +298,7 @@ class Host:
             SkillInUseError: a `using` block is open.
             HostChangedError: a tensor was moved or replaced, not only written.
         """
-        with self._gate.committing(), self._lock:
-            self._require_attached()
-            if self._blocks:
-                raise SkillInUseError(
-                    "adopt() inside a `using` block would have nothing to go back to"
-                )
-            skills = self._skills.values()
-            misfits = [s.name for s in skills if not self._ledger.fits_memory(s.plan)]
-            self._base_id = None
-            self._ledger.forget()
-            for name in misfits:
-                self._drop(name)
-            for skill in skills:
-                self._ledger.record(skill.plan.watch)
+        misfits = self._gate.commit(self._adopt)
         if misfits:
             warnings.warn(
                 f"unloaded because they do not fit the adopted base: {', '.join(misfits)}; rebase "
@@ -337,20 +315,7 @@ class Host:
             SkillInUseError: skills are live; `force=True` deactivates them first, or, where the
                 weights were moved or written meanwhile, leaves them as they are.
         """
-        with self._gate.committing(), self._lock:
-            if self.active and not force:
-                raise SkillInUseError(
-                    f"{', '.join(self.active)} is live; deactivate first, or detach(force=True)"
-                )
-            with contextlib.suppress(HostChangedError):
-                self._ledger.commit(NOTHING)
-            for remove in self._remove_gates:
-                remove()
-            self._remove_gates.clear()
-            self._blocks.clear()
-            self._skills.clear()
-            self._composed.clear()
-            self._ledger.forget()
+        self._gate.commit(functools.partial(self._detach, force))
 
     # ---- inside ----------------------------------------------------------------------------------
 
@@ -426,7 +391,10 @@ class Host:
         return prepared
 
     def _commit(self, target: LiveSet, block: _Block | None = None) -> None:
-        with self._gate.committing(), self._lock:
+        self._gate.commit(functools.partial(self._switch, target, block))
+
+    def _switch(self, target: LiveSet, block: _Block | None) -> None:
+        with self._lock:
             self._require_attached()
             for skill in target.skills:
                 if self._skills.get(skill.name) is not skill:
@@ -437,7 +405,7 @@ class Host:
             self._ledger.commit(target)
 
     def _leave(self, block: _Block) -> None:
-        with self._gate.committing(), self._lock:
+        with self._lock:
             if block not in self._blocks:  # it never entered, or the host was detached
                 return
             *_, last = self._blocks
@@ -449,6 +417,44 @@ class Host:
                 at = self._blocks.index(block)
                 self._blocks[at + 1].before = block.before
                 del self._blocks[at]
+
+    def _verify(self) -> int:
+        with self._lock:
+            self._require_attached()
+            plans = {f"skill {name!r}": skill.plan for name, skill in self._skills.items()}
+            return self._ledger.verify(plans, self._base_id)
+
+    def _adopt(self) -> list[str]:
+        with self._lock:
+            self._require_attached()
+            if self._blocks:
+                raise SkillInUseError(
+                    "adopt() inside a `using` block would have nothing to go back to"
+                )
+            skills = self._skills.values()
+            misfits = [s.name for s in skills if not self._ledger.fits_memory(s.plan)]
+            self._base_id = None
+            self._ledger.forget()
+            for name in misfits:
+                self._drop(name)
+            self._ledger.trust(skill.plan for skill in skills)
+            return misfits
+
+    def _detach(self, force: bool) -> None:
+        with self._lock:
+            if self.active and not force:
+                raise SkillInUseError(
+                    f"{', '.join(self.active)} is live; deactivate first, or detach(force=True)"
+                )
+            with contextlib.suppress(HostChangedError):
+                self._ledger.commit(NOTHING)
+            for remove in self._remove_gates:
+                remove()
+            self._remove_gates.clear()
+            self._blocks.clear()
+            self._skills.clear()
+            self._composed.clear()
+            self._ledger.forget()
 
     def _settle(self) -> None:
         if not self._ledger.settled:

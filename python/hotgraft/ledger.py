@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -147,34 +147,42 @@ class Ledger:
         """Undo one `start_watching`."""
         self._watchers[watch.cells] -= 1
 
-    def was_written(self, watch: Watch) -> bool:
-        """Whether somebody else wrote to a watched tensor, by its version counters."""
-        try:
-            watch.check_unwritten(self._versions)
-        except HostChangedError:
-            return True
-        return False
-
-    def record(self, watch: Watch) -> None:
-        """Take the counters as they are for what is expected."""
-        watch.record(self._versions)
+    def trust(self, plans: Iterable[Plan]) -> None:
+        """Expect what the counters are now."""
+        for plan in plans:
+            plan.watch.record(self._versions)
 
     # ---- checking ------------------------------------------------------------------------------
 
-    def check_live(self) -> int:
-        """Raises `BaseMismatchError` unless the live plan's bits are there; returns its entries."""
-        plan = self.live.plan
-        if plan is None:
-            return 0
-        plan.watch.check_in_place()
-        self._compare(plan, [launch.new for launch in plan.launches], "the live set")
-        return plan.graft.nnz
+    def verify(self, plans: Mapping[str, Plan], base_id: str | None) -> int:
+        """Check the live set, every plan's base bits and, where need be, the whole base.
 
-    def check_base(self, plan: Plan, label: str) -> int:
+        Args:
+            plans: for each label (for messages) the plan of a skill.
+            base_id: the base's id, where it is known.
+
+        Raises:
+            HostChangedError: naming what differs.
+        """
+        self.settle()
+        live = self.live.plan
+        try:
+            if live is not None:
+                live.watch.check_in_place()
+                self._compare(live, [launch.new for launch in live.launches], "the live set")
+            for label, plan in plans.items():
+                self.check_base(plan, label)
+        except BaseMismatchError as error:
+            raise HostChangedError(f"somebody wrote to the weights: {error}") from error
+        if base_id is not None and any(map(self._was_written, plans.values())):
+            self._check_whole_base(base_id)
+        self.trust(plans.values())
+        return sum(plan.graft.nnz for plan in (live, *plans.values()) if plan is not None)
+
+    def check_base(self, plan: Plan, label: str) -> None:
         """Raises `BaseMismatchError` unless the base, without what is live, holds the old bits."""
         plan.watch.check_in_place()
         self._compare(plan, expected_bits(plan, self.live.plan, label), label)
-        return plan.graft.nnz
 
     def fits_memory(self, plan: Plan) -> bool:
         """Whether memory as it is now holds the plan's old bits.
@@ -185,8 +193,14 @@ class Ledger:
         plan.watch.check_in_place()
         return not any(self._backend.compare(x.table, x.old)[0] for x in plan.launches)
 
-    def check_whole_base(self, base_id: str) -> None:
-        """Raises `HostChangedError` unless the whole base still has the id `base_id`."""
+    def _was_written(self, plan: Plan) -> bool:
+        try:
+            plan.watch.check_unwritten(self._versions)
+        except HostChangedError:
+            return True
+        return False
+
+    def _check_whole_base(self, base_id: str) -> None:
         state = {slot.name: slot.tensor.detach() for slot in self._slots.values()}
         live = self.live.plan
         if live is not None:
