@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bench import cases, environment, rows
-from bench.session import Session
+from bench import rows
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option(help="Folder of the row files.")]
@@ -22,6 +21,9 @@ def run(
     results: Annotated[Path | None, typer.Option(help="Folder for the rows.")] = None,
 ) -> None:
     """Measure, and append rows. Quick rows go to a temporary folder unless one is named."""
+    from bench import cases, environment
+    from bench.session import Session
+
     unknown = set(names or ()) - set(cases.CASES)
     if unknown:
         known = ", ".join(cases.CASES)

@@ -57,6 +57,7 @@ def _measure(
         NONZERO,
         f"torch, {torch.get_num_threads()} threads",
         {"diff": lambda: [(a != b).nonzero() for a, b in mapped_pairs(base, finetuned)]},
+        every=session.pick(3, 1),
         slack=True,
     )
     contenders = [mine, theirs, read_contender(base, finetuned)]

@@ -45,6 +45,7 @@ def _in_memory(session: Session, shape: shapes.Shape, density: float) -> None:
         TOPK,
         f"torch, {torch.get_num_threads()} threads",
         {"topk": lambda: torch.topk(_scores(base, tuned), k, sorted=False)},
+        every=session.pick(3, 1),
         slack=True,
     )
     mine.correct = _is_largest(hotgraft.diff(base, tuned, density=density), base, tuned, k)
