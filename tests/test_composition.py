@@ -296,6 +296,17 @@ def test_rebase_rounds_once():
     assert graft.rebase(other)["w"].new.item() == 1.0078125
 
 
+def test_rebase_minds_no_flushed_subnormals():
+    base = {"w": torch.tensor([1, 2]).short().view(torch.float16)}
+    graft = Graft.from_entries({"w": Entries([0, 1], 2 * base["w"], base["w"], (2,))})
+    assert torch.set_flush_denormal(True)
+    try:
+        rebased = graft.rebase({"w": torch.tensor([7, 8]).short().view(torch.float16)})
+    finally:
+        torch.set_flush_denormal(False)
+    assert rebased["w"].new.view(torch.int16).tolist() == [8, 10]
+
+
 def test_rebase_replacement_keeps_new_and_takes_the_other_old():
     base, other = base_of(), base_of(seed=9)
     graft = skill(base, 1)

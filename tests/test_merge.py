@@ -146,6 +146,21 @@ def test_a_sum_is_rounded_once():
     assert merged.new.tolist() == [0x3F81]  # 1.0078125
 
 
+def test_flushed_subnormals_change_nothing():
+    ranges = np.array([[[0, 1], [0, 1]]], np.int64)
+    assert torch.set_flush_denormal(True)
+    try:
+        for dtype in ("BF16", "F16", "F32"):
+            sources = [lone(dtype, 3, 1), lone(dtype, 6, 1)]  # subnormals: 1 + 2 + 5 steps
+            merged = CPU.merge(sources, ranges, DTYPES[dtype], "sum", [0, 1])
+            assert merged.new.tolist() == [8]
+            tiny = np.array([2.0**-149 if dtype != "F16" else 2.0**-24])
+            rounded, _ = CPU.round(tiny.view(np.uint64), DTYPES["F64"], DTYPES[dtype])
+            assert rounded.tolist() == [0 if dtype == "BF16" else 1]
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_conflicts_are_counted_for_each_pair():
     old = np.zeros(4, np.uint16)
     where = np.arange(4, dtype=np.int32)

@@ -223,6 +223,21 @@ def test_integer_differences_do_not_wrap():
         check_select(parameter.values[0], pairs, 2)
 
 
+def test_flushed_subnormals_change_nothing():
+    """torch.set_flush_denormal makes subnormals zero in this thread; not in the verbs."""
+    pairs = []
+    for dtype in ("F16", "BF16", "F32"):
+        fresh = np.array([1, 3, 2, 0, 5], DTYPES[dtype].bits)
+        pairs.append([pair(np.zeros_like(fresh), fresh, DTYPES[dtype])])
+    assert torch.set_flush_denormal(True)
+    try:
+        for parameter in BACKENDS:
+            for p in pairs:
+                assert parameter.values[0].select(p, 2)[0].tolist() == [1, 4]
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_nothing_to_compare():
     nothing = torch.zeros(0)
     for parameter in BACKENDS:

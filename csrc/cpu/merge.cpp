@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "cpu/environment.h"
 #include "cpu/parallel.h"
 
 namespace hotgraft::cpu {
@@ -134,6 +135,7 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
         using V = decltype(value);
         using Bits = typename V::Bits;
         parallel_for(rows, rows_a_piece, workers, [&](std::int64_t begin, std::int64_t end, int) {
+            const DefaultEnvironment environment;
             MergeReport mine;
             mine.conflicts.assign(k * k, 0);
             std::vector<Bits> results;
@@ -219,6 +221,7 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
 }
 
 std::int64_t round(ValueType from, const void* in, ValueType to, void* out, std::int64_t n) {
+    const DefaultEnvironment environment;
     std::int64_t overflows = 0;
     dispatch_float(from, [&](auto source) {
         using From = decltype(source);

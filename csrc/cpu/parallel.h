@@ -11,8 +11,8 @@ int max_workers();
 
 // Calls body(begin, end, worker) on pieces of [0, n), each of `grain` items but the last, from up
 // to `workers` threads, the calling one among them; returns when all are done. Pieces are claimed
-// in ascending order; an exception in a piece is rethrown once all are done. `worker` is in [0,
-// workers). With n <= grain everything runs on the caller.
+// in ascending order; an exception in a piece is rethrown, and what became of the other pieces is
+// not said. `worker` is in [0, workers). With n <= grain everything runs on the caller.
 void parallel_for(std::int64_t n, std::int64_t grain, int workers,
                   const std::function<void(std::int64_t, std::int64_t, int)>& body);
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "cpu/environment.h"
 #include "cpu/parallel.h"
 
 namespace hotgraft::cpu {
@@ -184,6 +185,7 @@ std::int64_t count_scores(ValueType type, const void* a, const void* b, std::int
         const Elements<typename V::Bits> left(a);
         const Elements<typename V::Bits> right(b);
         parallel_for(n, piece, workers, [&](std::int64_t begin, std::int64_t end, int worker) {
+            const DefaultEnvironment environment;
             ScoreCounts& mine = counts[worker];
             std::int64_t nan_here = INT64_MAX;
             const auto threshold = [&] { return ((prefix << bin_bits) | mine.floor) << shift; };
@@ -221,6 +223,7 @@ std::vector<Scored> collect(ValueType type, const void* a, const void* b, std::i
         for (std::int64_t start = 0; start < n; start += window) {
             const std::int64_t size = std::min(window, n - start);
             parallel_for(size, piece, workers, [&](std::int64_t begin, std::int64_t end, int) {
+                const DefaultEnvironment environment;
                 begin += start, end += start;
                 Scored& here = found[begin / piece];
                 std::int64_t ties_here = 0;

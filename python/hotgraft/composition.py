@@ -243,11 +243,12 @@ def rebase(graft: Graft, other_base: Weights, mode: str = "difference") -> Graft
                         "differ there; use mode='replacement'"
                     )
                 changed, there_changed, before = (
-                    torch.from_numpy(a[moved]).view(dtype.torch).double() for a in (new, there, old)
+                    torch.from_numpy(runner.round(a[moved], dtype, DTYPES["F64"])[0].view("f8"))
+                    for a in (new, there, old)
                 )
-                exact = bit_view(there_changed + (changed - before))
-                rounded, overflows = runner.round(exact, DTYPES["F64"], dtype)
-                if overflows or not bool((there_changed + (changed - before)).isfinite().all()):
+                exact = there_changed + (changed - before)
+                rounded, overflows = runner.round(bit_view(exact), DTYPES["F64"], dtype)
+                if overflows or not bool(exact.isfinite().all()):
                     raise NonFiniteError(f"{row.name!r}: a rebased value is not finite")
                 new = new.copy()
                 new[moved] = rounded
