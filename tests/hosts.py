@@ -49,6 +49,19 @@ class Mixed(nn.Module):
         return out
 
 
+class Small(nn.Module):
+    """Can be copied and pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor, *, twice: bool = False) -> torch.Tensor:
+        """Say it once or twice."""
+        out: torch.Tensor = self.layer(x) * (2 if twice else 1)
+        return out
+
+
 class Workshop:
     """A host on a model, its base, and grafts `a` and `b` that overlap."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -177,6 +176,8 @@ def test_an_interrupt_anywhere_in_load_and_unload() -> None:
     assert versions(shop.model) == before
 
 
+# An interrupt may hit a callback of others, which Python then reports and goes on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_storm_of_interrupts() -> None:
     shop = Workshop()
     strikes = hits = 0
@@ -190,19 +191,19 @@ def test_a_storm_of_interrupts() -> None:
 
     rng = np.random.default_rng(0)
     before = signal.signal(signal.SIGALRM, strike)
-    until = time.monotonic() + 3
     try:
-        while time.monotonic() < until:
+        for _ in range(250):
             first = float(rng.uniform(5e-5, 2e-3))
             try:
                 strikes = 3  # later ones hit the undoing of what the first one broke off
                 signal.setitimer(signal.ITIMER_REAL, first, 5e-5)
-                while True:
+                for _ in range(100):
                     shop.host.activate("a")
                     shop.model(torch.ones(6))
                     shop.host.activate("b")
             except KeyboardInterrupt:
-                strikes = 0
+                pass
+            strikes = 0
             signal.setitimer(signal.ITIMER_REAL, 0)
             check(shop)
     finally:

@@ -12,16 +12,37 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 from hotgraft.errors import GateError
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _PATIENCE = 0.05
 """Seconds after which a waiting commit looks by itself: an interrupt may have eaten its wake-up."""
+
+
+def untraced(function: Function) -> Function:
+    """Keep torch.compile out of a function, though not out of what it calls.
+
+    What `torch.compiler.disable(function, recursive=False)` does, without its import of two seconds
+    where this torch has the means.
+    """
+    plain: Any = function
+    frames: Any = torch._C._dynamo.eval_frame
+    try:
+        actions = frames._FrameAction
+        skip = frames._FrameExecStrategy(actions.SKIP, actions.DEFAULT)
+        frames.set_code_exec_strategy(plain.__code__, skip)
+    except AttributeError:
+        disable: Any = torch.compiler.disable
+        plain = disable(function, recursive=False)
+    plain._torchdynamo_disable = True
+    plain._torchdynamo_disable_msg = "hotgraft's gate: attach(torch.compile(model)) instead"
+    return cast(Function, plain)
 
 
 class Gate:
@@ -58,6 +79,7 @@ class Gate:
         """Passes (and holds) that are inside now."""
         return len(self._inside)
 
+    @untraced
     def share(self, work: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Do some work as a pass: waits for a commit that runs or waits, unless nested."""
         token = object()
@@ -103,6 +125,7 @@ class Gate:
             finally:
                 self._committing = None
 
+    @untraced
     def _enter(self, token: object) -> None:
         me = threading.get_ident()
         with self._mutex:
@@ -114,12 +137,14 @@ class Gate:
             with self._mutex:
                 self._inside[token] = me
 
+    @untraced
     def _wake(self) -> None:
         """Wake the commit that waits for the last pass."""
         with self._mutex:
             if not self._inside and self._emptied.locked():
                 self._emptied.release()
 
+    @untraced
     def _is_mine(self, me: int) -> bool:
         return me == self._committing or me in self._inside.values()
 
@@ -140,6 +165,7 @@ class GatedForward:
         self._forward: Callable[..., Any] = module.forward
         functools.update_wrapper(self, self._forward)  # name, docstring and signature
 
+    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._gate.share(self._forward, *args, **kwargs)
 
@@ -150,12 +176,26 @@ class GatedForward:
         return _itself, (self._forward,)
 
 
+class InnerForward(GatedForward):
+    """The same in a module that another gated one calls: it does not get in the compiler's way."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        return self._gate.share(self._forward, *args, **kwargs)
+
+
 def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def install(module: torch.nn.Module, gate: Gate) -> Callable[[], None]:
+def install(module: torch.nn.Module, gate: Gate, *, inner: bool = False) -> Callable[[], None]:
     """Put the gate in front of a module's forward; returns what takes it away.
+
+    Args:
+        module: the module.
+        gate: its gate.
+        inner: whether it lies in a compiled module that has the gate too.
 
     Raises:
         GateError: the module has a gate already, or takes no new attributes (TorchScript).
@@ -171,7 +211,7 @@ def install(module: torch.nn.Module, gate: Gate) -> Callable[[], None]:
     if isinstance(module.forward, GatedForward):
         raise GateError("a host is attached to this model already; use it, or detach it first")
     before = module.__dict__.get("forward")
-    gated = GatedForward(module, gate)
+    gated = (InnerForward if inner else GatedForward)(module, gate)
     module.__dict__["forward"] = gated
 
     def remove() -> None:

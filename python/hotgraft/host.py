@@ -99,7 +99,10 @@ class Host:
         self._composed: OrderedDict[Hashable, LiveSet] = OrderedDict()
         self._ledger = Ledger(self._slots, self._backend)
         self._blocks: list[_Block] = []  # the open `using` blocks, the outermost first
-        self._remove_gates = [gates.install(m, self._gate) for m in dict.fromkeys((model, root))]
+        compiled = root is not model
+        self._remove_gates = [gates.install(root, self._gate, inner=compiled)]
+        if compiled:
+            self._remove_gates.append(gates.install(model, self._gate))
 
     def __repr__(self) -> str:
         live = ", ".join(self.active) or "nothing"
@@ -456,6 +459,7 @@ class Host:
             self._composed.clear()
             self._ledger.forget()
 
+    @gates.untraced
     def _settle(self) -> None:
         if not self._ledger.settled:
             with self._lock:

@@ -15,6 +15,7 @@ import torch
 
 from hotgraft.errors import BaseMismatchError, HostChangedError
 from hotgraft.format import Bits
+from hotgraft.gate import untraced
 from hotgraft.kernels import Backend
 from hotgraft.placement import Plan, Slot, Watch, expected_bits
 from hotgraft.weights import fingerprint
@@ -83,6 +84,7 @@ class Ledger:
     # ---- writing -------------------------------------------------------------------------------
 
     @property
+    @untraced
     def settled(self) -> bool:
         """False after a commit that was interrupted and not undone yet."""
         return self._pending is None
