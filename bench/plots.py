@@ -25,7 +25,7 @@ def draw(folder: Path, environment: dict[str, Any], rows: Rows) -> list[Path]:
     for name, picture in (("bench-switch", _ways), ("bench-floor", _ratios)):
         figure = picture(rows)
         if figure is not None:
-            figure.text(0.99, 0.01, caption, ha="right", fontsize=7, color=_OTHER)
+            figure.supxlabel(caption, x=0.99, ha="right", fontsize=7, color=_OTHER)
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=150)
             plt.close(figure)

@@ -58,6 +58,27 @@ def run(session: Session) -> None:
         }
         session.add(make_rows("verbs", contenders, parameters, lambda _c, _s: each))
     work.host.detach()
+    _copy(session)
+
+
+def _copy(session: Session) -> None:
+    """What memory can do: a large block copied."""
+    source = np.arange(session.pick(256 << 20, 1 << 20) // 8)
+    target = np.zeros_like(source)
+    contenders = [
+        Contender(
+            f"floor, {workers} thread{'s' if workers > 1 else ''}",
+            "plain C, memcpy",
+            {"copy": _bind(floor.copy, target, source, workers)},
+            awake=workers > 1,
+        )
+        for workers in sorted({1, floor.threads()})
+    ]
+    take_turns(contenders, session.pick(20, 2), cold=False)
+    for contender in contenders:
+        contender.correct = bool((target == source).all())
+    parameters = {"copied": source.nbytes}
+    session.add(make_rows("verbs", contenders, parameters, lambda _c, _s: 2 * source.nbytes))
 
 
 def _bind(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
