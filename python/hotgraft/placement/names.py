@@ -16,7 +16,8 @@ from hotgraft.weights import sample
 Names = Mapping[str, str] | Callable[[str], str]
 """`names=`: the host's name for a graft's name, as a mapping or a function."""
 
-_EXPERT = re.compile(r"^(?P<experts>.*\bexperts)\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def resolve_names(
@@ -47,6 +48,8 @@ def resolve_names(
         if target is not None or plain_name(name) in slots:
             found[name] = plain_name(name) if target is None else target
     rest = {name: plain_name(name) for name in wanted if name not in found}
+    for name in rest:
+        _refuse_fused(name, slots)
     if rest:
         ties = _ties(model)
         rename = _one_prefix([plain for plain in rest.values() if plain not in ties], slots)
@@ -55,10 +58,7 @@ def resolve_names(
             target = next((c for c in candidates if c in slots), None)
             if target is not None:
                 found[name] = target
-    missing = [name for name in wanted if name not in found]
-    for name in missing:
-        _refuse_fused(name, slots)
-    return found, missing
+    return found, [name for name in wanted if name not in found]
 
 
 def missing_message(missing: list[str], slots: Mapping[str, Slot]) -> str:
@@ -115,13 +115,13 @@ def _splits(name: str) -> list[tuple[str, str]]:
 
 
 def _refuse_fused(name: str, slots: Mapping[str, Slot]) -> None:
-    match = _EXPERT.match(name)
-    if match is None:
+    """Refuse one expert's tensor where the host keeps those of all experts in one."""
+    if not _EXPERT.search(name):
         return
-    tail = match["experts"].rpartition("model.")[2]
-    fused = [slot for slot in slots if f"{tail}." in f"{slot}." and not _EXPERT.match(slot)]
-    fused = [slot for slot in fused if slot.rpartition(".")[0].endswith(tail)]
-    if fused:
+    layer = _NUMBER.findall(_EXPERT.split(name)[0])
+    experts = [slot for slot in slots if ".experts." in slot]
+    fused = [s for s in experts if _NUMBER.findall(s.partition(".experts.")[0]) == layer]
+    if fused and not any(map(_EXPERT.search, experts)):
         raise LayoutError(
             f"{name!r} is stored fused in this module, as {sample(fused)}: its layout is not its "
             "file's, so checkpoint positions do not apply. Make the graft from the module itself "
