@@ -183,6 +183,11 @@ def test_hold_refuses_a_commit_of_its_own_thread(shop: Workshop) -> None:
             shop.host.activate("a")
         assert shop.host.verify() == shop.a.nnz + shop.b.nnz
         shop.host.load(shop.a, name="again")
+        with pytest.raises(UnknownSkillError), shop.host.using("nobody"):
+            raise AssertionError
+        with pytest.raises(GateError) as raised, shop.host.using("a"):
+            raise AssertionError
+        assert raised.value.__context__ is None
     assert shop.is_base()
     shop.host.activate("again")
     assert shop.is_a()

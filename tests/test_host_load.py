@@ -80,6 +80,8 @@ def test_composed_plans_are_kept_and_bounded() -> None:
 
 def test_an_unknown_skill_lists_the_known() -> None:
     shop = Workshop()
+    with pytest.raises(UnknownSkillError, match=r"no skill \['a', 'b'\] is loaded"):
+        shop.host.activate(["a", "b"])
     for call in (lambda: shop.host.activate("a", "nobody"), lambda: shop.host.unload("nobody")):
         with pytest.raises(UnknownSkillError, match=r"no skill 'nobody' is loaded; .*: a, b"):
             call()
@@ -161,8 +163,9 @@ def test_partial_coverage_is_refused_unless_asked_for() -> None:
     with pytest.raises(CoverageError, match=r"lacks 'third.weight'.*partial=True"):
         shop.host.load(graft, name="c")
     lost = len(parts["first.bias"].indices)
-    with pytest.warns(PartialWarning, match=rf"{lost} of {graft.nnz} entries are left out"):
+    with pytest.warns(PartialWarning, match=rf"{lost} of {graft.nnz} entries are left") as caught:
         skill = shop.host.load(graft, name="c", partial=True)
+    assert caught[0].filename == __file__
     assert (skill.nnz, skill.id) == (shop.a.nnz, graft.id)
     shop.host.activate("c")
     assert shop.is_a()

@@ -309,8 +309,9 @@ def test_cast_counts_entries_that_vanish_and_rounds_once() -> None:
     graft = entries_of([1 + 2**-12, 1 + 2**-8 + 2**-40], [1.0, 0.5], torch.float64)
     model = Holder(w=torch.tensor([1.0, 0.5], dtype=torch.bfloat16))
     host = attach(model)
-    with pytest.warns(CastWarning, match="1 of 2 entries equal the base once rounded"):
+    with pytest.warns(CastWarning, match="1 of 2 entries equal the base once rounded") as caught:
         host.load(graft, name="a", cast=True)
+    assert caught[0].filename == __file__
     host.activate("a")
     assert model.w.tolist() == [1.0, 1.0078125]
 

@@ -198,9 +198,11 @@ class Host:
             self._require_free(name, replace)
             self._ledger.settle()
             self._ledger.check_base(skill.plan, f"skill {name!r}")
-            self._drop(name)
             self._ledger.start_watching(skill.plan.watch)
+            replaced = self._skills.get(name)
             self._skills[name] = skill
+            if replaced is not None:
+                self._retire(replaced)
             return skill
 
     def unload(self, name: str, *, force: bool = False) -> None:
@@ -219,7 +221,7 @@ class Host:
                 if force and name in self.active:
                     self._ledger.commit(NOTHING)
                 self._require_not_live(name)
-                self._drop(name)
+                self._retire(self._skills.pop(name))
 
         if force:
             self._gate.commit(work)
@@ -262,12 +264,13 @@ class Host:
         while a later one is open leaves that one's set live; the later one then puts back what this
         one would have.
         """
-        block = _Block()
+        block, target = _Block(), self._prepare(names, policy, weights)
         try:
-            self._commit(self._prepare(names, policy, weights), block)
+            self._commit(target, block)
             yield
         finally:
-            self._gate.commit(functools.partial(self._leave, block))
+            if block in self._blocks:
+                self._gate.commit(functools.partial(self._leave, block))
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -329,7 +332,7 @@ class Host:
     def _skill(self, name: str) -> Skill:
         try:
             return self._skills[name]
-        except KeyError:
+        except (KeyError, TypeError):  # a list of names is no name
             known = ", ".join(self._skills) or "none yet"
             raise UnknownSkillError(f"no skill {name!r} is loaded; loaded are: {known}") from None
 
@@ -348,13 +351,11 @@ class Host:
         if any(name in block.before.names for block in self._blocks):
             raise SkillInUseError(f"an open `using` block will put {name!r} back; leave it first")
 
-    def _drop(self, name: str) -> None:
-        skill = self._skills.pop(name, None)
-        if skill is not None:
-            self._ledger.stop_watching(skill.plan.watch)
-            for state in list(self._composed.values()):
-                if skill in state.skills:
-                    del self._composed[state.key]
+    def _retire(self, skill: Skill) -> None:
+        self._ledger.stop_watching(skill.plan.watch)
+        for state in list(self._composed.values()):
+            if skill in state.skills:
+                del self._composed[state.key]
 
     def _compile(self, graft: Graft) -> Plan:
         return compile_plan(graft, self._slots, self._backend)
@@ -409,17 +410,13 @@ class Host:
 
     def _leave(self, block: _Block) -> None:
         with self._lock:
-            if block not in self._blocks:  # it never entered, or the host was detached
-                return
-            *_, last = self._blocks
-            if block is last:
-                self._blocks.pop()
-                if self._ledger.live is not block.before:
-                    self._ledger.commit(block.before)
-            else:
-                at = self._blocks.index(block)
-                self._blocks[at + 1].before = block.before
-                del self._blocks[at]
+            at = self._blocks.index(block)
+            later = self._blocks[at + 1 :]
+            del self._blocks[at]
+            if later:
+                later[0].before = block.before
+            elif self._ledger.live is not block.before:
+                self._ledger.commit(block.before)
 
     def _verify(self) -> int:
         with self._lock:
@@ -434,12 +431,13 @@ class Host:
                 raise SkillInUseError(
                     "adopt() inside a `using` block would have nothing to go back to"
                 )
+            self._ledger.settle()
             skills = self._skills.values()
             misfits = [s.name for s in skills if not self._ledger.fits_memory(s.plan)]
             self._base_id = None
             self._ledger.forget()
             for name in misfits:
-                self._drop(name)
+                self._retire(self._skills.pop(name))
             self._ledger.trust(skill.plan for skill in skills)
             return misfits
 

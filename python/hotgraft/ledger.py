@@ -139,10 +139,8 @@ class Ledger:
 
     def start_watching(self, watch: Watch) -> None:
         """Expect what the counters are now, but for those that another skill watches already."""
-        known = self._watchers[watch.cells] > 0
-        before = self._versions[watch.cells]
-        watch.record(self._versions)
-        self._versions[watch.cells[known]] = before[known]
+        fresh = self._watchers[watch.cells] == 0
+        self._versions[watch.cells[fresh]] = watch.versions()[fresh]
         self._watchers[watch.cells] += 1
 
     def stop_watching(self, watch: Watch) -> None:

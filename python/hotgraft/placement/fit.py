@@ -78,7 +78,7 @@ def fit(
         warnings.warn(
             f"{lost} of {graft.nnz} entries are left out: the host lacks {sample(missing)}",
             PartialWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     doubled = {target for target, uses in Counter(found.values()).items() if uses > 1}
     if doubled:
@@ -184,6 +184,6 @@ def _cast(
             f"{vanished} of {graft.nnz} entries equal the base once rounded to the host's "
             "precision: they change nothing",
             CastWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
     return _assemble(graft, parts)

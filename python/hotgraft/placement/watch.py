@@ -64,7 +64,7 @@ class Watch:
 
     def check_unwritten(self, expected: Counters) -> None:
         """Raises `HostChangedError` if a counter is not the expected one."""
-        found, wanted = self._versions(), expected[self.cells]
+        found, wanted = self.versions(), expected[self.cells]
         if np.array_equal(found, wanted):
             return
         at = int(np.flatnonzero(found != wanted)[0])
@@ -79,7 +79,7 @@ class Watch:
 
     def record(self, expected: Counters) -> None:
         """Take the counters as they are for what is expected; `expected` has a cell a place."""
-        expected[self.cells] = self._versions()
+        expected[self.cells] = self.versions()
 
     def bump(self, expected: Counters) -> None:
         """Count a write in the tensors' version counters, as torch's own in-place writes do."""
@@ -89,7 +89,8 @@ class Watch:
         else:
             self.record(expected)
 
-    def _versions(self) -> Counters:
+    def versions(self) -> Counters:
+        """The counters as they are."""
         return np.fromiter(map(_version, self._counted), np.int64, len(self._counted))
 
 
