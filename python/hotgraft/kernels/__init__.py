@@ -40,7 +40,8 @@ class Source(NamedTuple):
 class Merged(NamedTuple):
     """What `merge` found: the union's arrays and what stood in its way.
 
-    After an overflow `new` and `conflicts` say nothing; after a base mismatch the overflows neither.
+    After an overflow `new` and `conflicts` say nothing; after a base mismatch the overflows
+    neither.
     """
 
     counts: npt.NDArray[np.int64]
