@@ -69,7 +69,11 @@ def _times(output: Output, found: dict[str, Any]) -> None:
     ):
         times = seconds[way]
         rows.append([label, *(_time(times[verb]) for verb in ("activate", "switch", "deactivate"))])
-    output.table(["way", "activate", "switch", "deactivate"], rows, title="Times (medians, warm)")
+    output.table(
+        ["way", "activate", "switch", "deactivate"],
+        rows,
+        title="Times (medians; skills loaded, indices and values prepared, caches warm)",
+    )
 
 
 def _time(seconds: float | None) -> str:
