@@ -61,6 +61,16 @@ def sample(names: Mapping[str, Any] | list[str] | set[str], most: int = 3) -> st
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def plain_name(name: str) -> str:
+    """A state-dict name without what `torch.compile` puts in for the submodules it wraps.
+
+    Example:
+        >>> plain_name("layers.0._orig_mod.weight")
+        'layers.0.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
 @contextlib.contextmanager
 def open_weights(source: Weights) -> Iterator[Checkpoint]:
     """Open a module, state dict, file or folder for reading.
@@ -76,7 +86,7 @@ def open_weights(source: Weights) -> Iterator[Checkpoint]:
         (2, 3)
     """
     if isinstance(source, torch.nn.Module):
-        state = source.state_dict(keep_vars=True)
+        state = {plain_name(k): v for k, v in source.state_dict(keep_vars=True).items()}
         yield _from_state({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
     elif isinstance(source, Mapping):
         yield _from_state(source)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from hotgraft.errors import CoverageError, LayoutError
-from hotgraft.placement.slots import Slot, plain_name
-from hotgraft.weights import sample
+from hotgraft.placement.slots import Slot
+from hotgraft.weights import plain_name, sample
 
 Names = Mapping[str, str] | Callable[[str], str]
 """`names=`: the host's name for a graft's name, as a mapping or a function."""

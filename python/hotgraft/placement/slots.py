@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hotgraft.errors import ParameterError
 from hotgraft.format import DType, dtype_of
+from hotgraft.weights import plain_name
 
 Regions = list[tuple[int, int, bool]]
 """(begin, end, writable) of the mappings of a process's memory, ascending."""
@@ -71,16 +72,6 @@ def find_slots(model: torch.nn.Module) -> dict[str, Slot]:
                 family.append(slot.places[-1])
                 slots[name] = slot
     return slots
-
-
-def plain_name(name: str) -> str:
-    """A state-dict name without what `torch.compile` puts in for the submodules it wraps.
-
-    Example:
-        >>> plain_name("layers.0._orig_mod.weight")
-        'layers.0.weight'
-    """
-    return name.replace("_orig_mod.", "")
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, object]:
