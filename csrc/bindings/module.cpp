@@ -304,6 +304,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("merge", &merge, py::arg("sources"), py::arg("ranges").noconvert(), py::arg("type"),
           py::arg("policy"), py::arg("order").noconvert(), py::arg("workers") = 0);
     m.def("round", &round_values, py::arg("from_type"), py::arg("values"), py::arg("to_type"));
+    m.def(
+        "rouse", [](int workers) { cpu::rouse(workers_or_all(workers)); }, py::arg("workers") = 0);
     m.def("max_workers", &cpu::max_workers);
     m.def(
         "isa_runs_here",

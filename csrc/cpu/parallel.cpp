@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <memory>
@@ -42,18 +43,18 @@ struct Job {
     }
 };
 
+// Waking a sleeping thread takes longer than many a job. So a thread that has just been woken or
+// has just worked stays awake this long for the next one.
+constexpr std::chrono::microseconds patience{100};
+
 // Threads sleep until a job is posted, help until it is out of pieces, and sleep again. The caller
 // never waits for a thread to wake: whoever comes late finds less to do.
 class Pool {
   public:
+    void rouse(int workers) { post(nullptr, workers); }
+
     void run(const std::shared_ptr<Job>& job) {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            grow(job->workers - 1);
-            job_ = job;
-            ++generation_;
-        }
-        wake_.notify_all();
+        post(job, job->workers);
         job->work(0);
         // What is left is at most one piece in each other thread.
         while (job->done.load(std::memory_order_acquire) < job->n) std::this_thread::yield();
@@ -61,6 +62,18 @@ class Pool {
     }
 
   private:
+    void post(const std::shared_ptr<Job>& job, int workers) {
+        bool anyone_sleeps;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            grow(workers - 1);
+            job_ = job;
+            generation_.fetch_add(1, std::memory_order_release);
+            anyone_sleeps = sleepers_ > 0;
+        }
+        if (anyone_sleeps) wake_.notify_all();
+    }
+
     // A thread that cannot be had is no failure: the caller then does more of the work itself.
     void grow(int wanted) {
         try {
@@ -73,22 +86,34 @@ class Pool {
         std::uint64_t seen = 0;
         for (;;) {
             std::shared_ptr<Job> job;
+            stay_awake(seen);
             {
                 std::unique_lock<std::mutex> lock(mutex_);
+                ++sleepers_;
                 wake_.wait(lock, [&] { return generation_ != seen; });
+                --sleepers_;
                 seen = generation_;
                 job = job_;
             }
+            if (!job) continue;
             const int worker = job->joined.fetch_add(1, std::memory_order_relaxed);
             if (worker < job->workers) job->work(worker);
+        }
+    }
+
+    void stay_awake(std::uint64_t seen) const {
+        const auto until = std::chrono::steady_clock::now() + patience;
+        while (generation_.load(std::memory_order_acquire) == seen) {
+            if (std::chrono::steady_clock::now() > until) return;
         }
     }
 
     std::mutex mutex_;
     std::condition_variable wake_;
     std::shared_ptr<Job> job_;
-    std::uint64_t generation_ = 0;
+    std::atomic<std::uint64_t> generation_{0};
     int threads_ = 0;
+    int sleepers_ = 0;
 };
 
 // Never destroyed: its threads are detached and may outlive static destructors. A forked child has
@@ -112,6 +137,10 @@ int max_workers() {
     CPU_ZERO(&set);
     if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
     return std::max(1, CPU_COUNT(&set));
+}
+
+void rouse(int workers) {
+    if (workers > 1) the_pool().rouse(workers);
 }
 
 void parallel_for(std::int64_t n, std::int64_t grain, int workers,

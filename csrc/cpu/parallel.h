@@ -9,6 +9,10 @@ namespace hotgraft::cpu {
 // Cores this process may run on.
 int max_workers();
 
+// Wakes the threads that a job of so many workers will want. They stay awake for some 100 us, so
+// that waking them overlaps with what the caller still has to do.
+void rouse(int workers);
+
 // Calls body(begin, end, worker) on pieces of [0, n), each of `grain` items but the last, from up
 // to `workers` threads, the calling one among them; returns when all are done. Pieces are claimed
 // in ascending order; an exception in a piece is rethrown, and what became of the other pieces is

@@ -96,11 +96,14 @@ class Ledger:
             HostChangedError: somebody else moved or wrote the weights; nothing was written.
         """
         self.settle()
+        changes = target.key != self.live.key
+        if changes:
+            self._backend.rouse()  # its threads wake while the checks run
         watches = _watches(self.live, target)
         for watch in watches:
             watch.check_in_place()
             watch.check_unwritten(self._versions)
-        if target.key == self.live.key:
+        if not changes:
             return
         # An interrupt may come between any two lines.
         self._pending = target

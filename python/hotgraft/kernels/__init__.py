@@ -80,6 +80,10 @@ class Backend(Protocol):
         """Compile a table. `segments` is int64[n][3]: base address, first entry, count."""
         ...
 
+    def rouse(self) -> None:
+        """Wake the threads, if it has any, that a verb will want in a moment."""
+        ...
+
     def gather(self, table: Any, values: Bits) -> None:
         """Copy the table's cells into `values`."""
         ...

@@ -41,6 +41,9 @@ class NativeCpu:
     ) -> _native.Table:
         return _native.Table(segments, positions, item_size)
 
+    def rouse(self) -> None:
+        _native.rouse(self._workers)
+
     def gather(self, table: _native.Table, values: Bits) -> None:
         _native.gather(table, values, self._workers)
 

@@ -55,6 +55,9 @@ class Reference:
                 addresses.append(base + position * item_size)
         return ReferenceTable(addresses, item_size)
 
+    def rouse(self) -> None:
+        pass  # it has no threads
+
     def gather(self, table: ReferenceTable, values: Bits) -> None:
         for entry, address in enumerate(table.addresses):
             values[entry] = _CELLS[table.item_size].from_address(address).value
