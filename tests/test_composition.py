@@ -181,12 +181,35 @@ def test_refuse_counts_the_disagreements_of_each_pair():
         compose([one(3.0), one(4.0)])
 
 
+def test_what_stands_in_the_way_is_counted_over_all_dtypes():
+    def change(by, base=0.0):
+        olds = {"b": torch.full((4,), base).bfloat16(), "a": torch.full((4,), base)}
+        return Graft.from_entries(
+            {name: Entries(range(4), old + by, old, (4,)) for name, old in olds.items()}
+        )
+
+    with pytest.raises(OverlapError, match=r"graft [01] and graft [01] on 8"):
+        compose([change(1.0), change(2.0)])
+    with pytest.raises(BaseMismatchError, match="on 8 shared entries, first 'a', position 0"):
+        compose([change(1.0), change(1.0, base=1.0)])
+    with pytest.raises(NonFiniteError, match="8 composed values are not finite, first 'a', pos"):
+        compose([change(3e38), change(3e38)], policy="sum")
+
+
 @pytest.mark.parametrize(
     ("grafts", "arguments", "error", "message"),
     [
         ([], {}, GraftError, "nothing to compose: give at least one graft"),
         ([one(3.0)], {"policy": "add"}, GraftError, "unknown policy 'add'; known are refuse, prio"),
         ([one(3.0)], {"weights": [1, 2]}, GraftError, "2 weights for 1 grafts"),
+        (
+            [one(3.0)],
+            {"weights": 0.5},
+            GraftError,
+            "weights 0.5: give a list with a number a graft",
+        ),
+        ([one(3.0)], {"weights": ["x"]}, GraftError, "weights ['x']: give a list with a number"),
+        (["a"], {}, GraftError, "'a' is not a Graft; Graft.load reads one from a file"),
         ([one(3.0)], {"weights": [float("nan")]}, GraftError, "weight nan is not finite"),
         ([one(3.0)], {"weights": [float("inf")]}, GraftError, "weight inf is not finite"),
         (
@@ -305,6 +328,19 @@ def test_rebase_minds_no_flushed_subnormals():
     finally:
         torch.set_flush_denormal(False)
     assert rebased["w"].new.view(torch.int16).tolist() == [8, 10]
+
+
+def test_rebase_in_double_minds_no_flushed_subnormals():
+    base = {"w": torch.tensor([1, 2]).view(torch.float64)}
+    graft = Graft.from_entries({"w": Entries([0, 1], base["w"].view(torch.int64).mul(2).view(
+        torch.float64), base["w"], (2,))})  # fmt: skip
+    assert torch.set_flush_denormal(True)
+    try:
+        rebased = graft.rebase({"w": torch.tensor([7, 8]).view(torch.float64)})
+        assert not torch.full((1,), 1e-310, dtype=torch.float64).mul(1).item()  # as it was before
+    finally:
+        torch.set_flush_denormal(False)
+    assert rebased["w"].new.view(torch.int64).tolist() == [8, 10]
 
 
 def test_rebase_replacement_keeps_new_and_takes_the_other_old():

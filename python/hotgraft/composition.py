@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -61,9 +62,8 @@ def compose(
         >>> compose([one(3.0), one(4.0)], policy="sum")["w"].new.tolist()
         [6.0]
     """
-    given = list(weights) if weights is not None else [1.0] * len(grafts)
+    given = _checked_arguments(grafts, policy, weights)
     labels = list(labels) if labels is not None else [f"graft {i}" for i in range(len(grafts))]
-    _check_arguments(grafts, policy, given)
     # Sums run in the order of ids, so they do not depend on the order of the arguments.
     keys = [graft.id for graft in grafts] if ids is None else list(ids)
     order = sorted(range(len(grafts)), key=lambda i: (keys[i], i))
@@ -74,6 +74,7 @@ def compose(
     runner = kernels.resolve(backend)
     rows: list[Row] = []
     groups = {}
+    found: list[tuple[Merged, list[tuple[str, int]]]] = []
     shapes = {row.name: row.shape for graft in ordered for row in graft.rows}
     for dtype in sorted({row.dtype for graft in ordered for row in graft.rows}):
         places, ranges = _ranges(ordered, dtype)
@@ -83,27 +84,41 @@ def compose(
             for i, graft in zip(order, ordered, strict=True)
         ]
         merged = runner.merge(sources, ranges, DTYPES[dtype], policy, order)
-        _check_merged(merged, names, places)
+        found.append((merged, places))
         firsts = np.cumsum(merged.counts) - merged.counts
         for (name, block), first, count in zip(
             places, firsts.tolist(), merged.counts.tolist(), strict=True
         ):
             rows.append(Row(name, shapes[name], dtype, block, first, count))
         groups[dtype] = Group(merged.positions, merged.new, merged.old)
+    _check_merged(found, names)
     rows.sort(key=lambda row: (row.name, row.block))
     return Graft(rows, groups, _provenance(ordered, sum(row.count for row in rows)))
 
 
-def _check_arguments(grafts: Sequence[Graft], policy: str, weights: Sequence[float]) -> None:
+def _checked_arguments(
+    grafts: Sequence[Graft], policy: str, weights: Sequence[float] | None
+) -> list[float]:
+    """The weights, as many as there are grafts."""
     if not grafts:
         raise GraftError("nothing to compose: give at least one graft")
+    for graft in grafts:
+        if not isinstance(graft, Graft):
+            raise GraftError(f"{graft!r} is not a Graft; Graft.load reads one from a file")
     if policy not in POLICIES:
         raise GraftError(f"unknown policy {policy!r}; known are {', '.join(POLICIES)}")
-    if len(weights) != len(grafts):
-        raise GraftError(f"{len(weights)} weights for {len(grafts)} grafts")
-    for weight in weights:
+    if weights is None:
+        return [1.0] * len(grafts)
+    try:
+        given = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise GraftError(f"weights {weights!r}: give a list with a number a graft") from None
+    if len(given) != len(grafts):
+        raise GraftError(f"{len(given)} weights for {len(grafts)} grafts")
+    for weight in given:
         if not math.isfinite(weight):
             raise GraftError(f"weight {weight} is not finite")
+    return given
 
 
 def _check_agreement(
@@ -144,28 +159,36 @@ def _ranges(
     return places, ranges
 
 
-def _check_merged(merged: Merged, labels: Sequence[str], places: list[tuple[str, int]]) -> None:
-    def where(place: tuple[int, int] | None) -> str:
-        assert place is not None
-        name, block = places[place[0]]
-        return f"{name!r}, position {block + place[1]}"
+def _check_merged(
+    merged: Sequence[tuple[Merged, list[tuple[str, int]]]], labels: Sequence[str]
+) -> None:
+    """Raise what stood in the way, counted over all dtypes. Each comes with its rows' places."""
 
-    if merged.base_mismatches:
+    def earliest(part: str) -> str:
+        spots = []
+        for one, places in merged:
+            if (spot := getattr(one, part)) is not None:
+                name, block = places[spot[0]]
+                spots.append((name, block + spot[1]))
+        return "{!r}, position {}".format(*min(spots))
+
+    if mismatches := sum(one.base_mismatches for one, _ in merged):
         raise BaseMismatchError(
-            f"the grafts hold different old bits on {merged.base_mismatches} shared entries, first "
-            f"{where(merged.first_base_mismatch)}: they were made against different bases; rebase "
+            f"the grafts hold different old bits on {mismatches} shared entries, first "
+            f"{earliest('first_base_mismatch')}: they were made against different bases; rebase "
             "one of them"
         )
-    if merged.overflows:
+    if overflows := sum(one.overflows for one, _ in merged):
         raise NonFiniteError(
-            f"{merged.overflows} composed values are not finite, first "
-            f"{where(merged.first_overflow)}; use smaller weights"
+            f"{overflows} composed values are not finite, first {earliest('first_overflow')}; use "
+            "smaller weights"
         )
-    if merged.conflicts.any():
-        pairs = ", ".join(
-            f"{labels[i]} and {labels[j]} on {merged.conflicts[i, j]}"
-            for i, j in zip(*np.nonzero(merged.conflicts), strict=True)
-        )
+    conflicts = np.sum([one.conflicts for one, _ in merged], axis=0)
+    pairs = ", ".join(
+        f"{labels[i]} and {labels[j]} on {conflicts[i, j]}"
+        for i, j in zip(*np.nonzero(conflicts), strict=True)
+    )
+    if pairs:
         raise OverlapError(
             f"grafts disagree on shared entries ({pairs}) and the policy is 'refuse'; choose "
             "priority, sum, mean or sign"
@@ -243,12 +266,13 @@ def rebase(graft: Graft, other_base: Weights, mode: str = "difference") -> Graft
                         "differ there; use mode='replacement'"
                     )
                 changed, there_changed, before = (
-                    torch.from_numpy(runner.round(a[moved], dtype, DTYPES["F64"])[0].view("f8"))
+                    runner.round(a[moved], dtype, DTYPES["F64"])[0].view(np.float64)
                     for a in (new, there, old)
                 )
-                exact = there_changed + (changed - before)
-                rounded, overflows = runner.round(bit_view(exact), DTYPES["F64"], dtype)
-                if overflows or not bool(exact.isfinite().all()):
+                with _subnormals_kept(), np.errstate(all="ignore"):
+                    exact = there_changed + (changed - before)
+                rounded, overflows = runner.round(exact.view(np.uint64), DTYPES["F64"], dtype)
+                if overflows or not np.isfinite(exact).all():
                     raise NonFiniteError(f"{row.name!r}: a rebased value is not finite")
                 new = new.copy()
                 new[moved] = rounded
@@ -259,3 +283,14 @@ def rebase(graft: Graft, other_base: Weights, mode: str = "difference") -> Graft
     }
     kept = {**vars(graft.provenance), "base_id": None, "method": "rebased", "creator": ""}
     return Graft(graft.rows, groups, Provenance(**kept))
+
+
+@contextlib.contextmanager
+def _subnormals_kept() -> Iterator[None]:
+    """This thread takes subnormal numbers for what they are, also if torch was told otherwise."""
+    flushed = math.ulp(0.0) * 1.0 == 0
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
