@@ -20,6 +20,9 @@ class Idle:
 
     name = "idle"
 
+    def rouse(self) -> None:
+        """Do nothing."""
+
     def scatter(self, table: Any, values: Any) -> None:
         """Do nothing."""
 
