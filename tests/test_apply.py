@@ -111,7 +111,8 @@ def test_apply_refuses_a_folder_in_use() -> None:
     assert "is there already" in run(
         "apply", "base", "few.graft.safetensors", "-o", "file", status=1
     )
-    assert "no such folder" in run("apply", "base", "few.graft.safetensors", "-o", "a/b", status=1)
+    with pytest.raises(FileNotFoundError, match="no such folder to write 'b' in"):
+        checkpoint.apply("base", [hotgraft.Graft.load("few.graft.safetensors")], "a/b")
 
 
 def test_apply_checks_the_base_before_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:

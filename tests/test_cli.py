@@ -12,7 +12,7 @@ from pathlib import Path
 import hotgraft
 import pytest
 import torch
-from command import SHARDS, Model, place, run, run_json
+from command import SHARDS, Model, files, place, run, run_json
 from hotgraft import inspection
 from hotgraft.errors import FormatError
 from hotgraft.graft import Entries
@@ -58,6 +58,7 @@ def test_diff_says_what_it_wrote_as_json() -> None:
         (("--density", "0"), "not in (0, 1]"),
         (("--density", "nan"), "not in (0, 1]"),
         (("--count", "0"), "--count"),
+        (("--count", "100000"), "100000 is more than the"),
         (("--scope", "heads"), "'heads' is not one of all, encoder, linear"),
     ],
 )
@@ -65,6 +66,54 @@ def test_diff_refuses_bad_options(options: tuple[str, ...], complaint: str) -> N
     said = run("diff", "base", "tuned", "-o", "new.graft.safetensors", *options, status=2)
     assert complaint in said
     assert not Path("new.graft.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", [("diff", "base", "tuned"), ("compose",)])
+@pytest.mark.parametrize(
+    ("out", "complaint"),
+    [
+        ("", "it is empty"),
+        ("base", "does not end in .graft.safetensors"),
+        (f"base/{SHARDS[0]}", "does not end in .graft.safetensors"),
+        ("nowhere/new.graft.safetensors", "there is no folder nowhere"),
+        ("tuned/new.graft.safetensors", "would write into tuned"),
+        ("link.graft.safetensors", "would write into few.graft.safetensors"),
+    ],
+)
+def test_a_graft_is_not_written_over_what_it_is_made_from(
+    place: Path, command: tuple[str, ...], out: str, complaint: str
+) -> None:
+    Path("link.graft.safetensors").symlink_to("few.graft.safetensors")
+    if command[0] == "compose":
+        command = (*command, "few.graft.safetensors")
+    before = files(place)
+    made_from = complaint.removeprefix("would write into ")
+    if made_from == complaint or made_from in command:
+        said = run(*command, "-o", out, status=2)
+        assert complaint in " ".join(said.replace("│", " ").split())
+        assert files(place) == before
+    else:
+        run(*command, "-o", out)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("diff", "no", "tuned", "-o", "new.graft.safetensors"),
+        ("diff", "base", "no", "-o", "new.graft.safetensors"),
+        ("verify", "few.graft.safetensors", "--base", "no"),
+        ("apply", "no", "few.graft.safetensors", "-o", "out"),
+        ("compose", "no", "-o", "new.graft.safetensors"),
+        ("overlap", "few.graft.safetensors", "no"),
+    ],
+)
+def test_a_missing_input_is_bad_use(args: tuple[str, ...]) -> None:
+    assert "does not exist" in run(*args, status=2)
+
+
+@pytest.mark.parametrize(("out", "why"), [("", "it is empty"), ("no/out", "there is no folder no")])
+def test_apply_needs_a_place_to_write(out: str, why: str) -> None:
+    assert why in run("apply", "base", "few.graft.safetensors", "-o", out, status=2)
 
 
 def test_inspect_lists_tensors() -> None:
@@ -104,7 +153,7 @@ def test_a_file_that_is_no_graft_is_one_line_and_status_1(command: str) -> None:
     assert said.count("\n") == 1
     said = run(command, f"base/{SHARDS[0]}", status=1)
     assert "but not a graft" in said
-    assert "No such file" in run(command, "nowhere.graft.safetensors", status=1)
+    assert "does not exist" in run(command, "nowhere.graft.safetensors", status=2)
     found = run_json(command, "base/config.json", status=1)
     assert found["error"]["kind"] == "FormatError"
 
@@ -203,11 +252,17 @@ def test_compose_says_who_overlaps() -> None:
     hotgraft.diff("base", {k: v + 2 for k, v in Model(0).state_dict().items()}).save(
         "far.graft.safetensors"
     )
-    args = ("compose", "far.graft.safetensors", "few.graft.safetensors", "-o", "both.safetensors")
+    args = (
+        "compose",
+        "far.graft.safetensors",
+        "few.graft.safetensors",
+        "-o",
+        "both.graft.safetensors",
+    )
     said = run(*args, status=1)
     assert "policy is 'refuse'" in said
     assert "far and few on" in said
-    assert not Path("both.safetensors").exists()
+    assert not Path("both.graft.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ LAYERS = [
     {"host"},
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},
-    {"console"},
+    {"arguments", "console"},
     {"doctor"},
     {"demo"},
     {"cli"},

@@ -6,12 +6,28 @@ What takes long to import is imported by the command that needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hotgraft.arguments import (
+    CheckpointPath,
+    GraftOut,
+    GraftPath,
+    GraftPaths,
+    Json,
+    Policy,
+    Weights,
+    check_count,
+    check_folder,
+    check_out,
+    given_path,
+    one_of,
+    scopes,
+    weights_for,
+)
 from hotgraft.console import Output, number, percent, size
 
 if TYPE_CHECKING:
@@ -33,53 +49,6 @@ def main() -> None:
 
 
 # ---- what the commands share ------------------------------------------------------------------
-
-
-def _one_of(names: Callable[[], Sequence[str]]) -> Callable[[str], str]:
-    """A check that an option is one of some names."""
-
-    def check(value: str) -> str:
-        if value not in names():
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names())}")
-        return value
-
-    return check
-
-
-def _policies() -> Sequence[str]:
-    from hotgraft.kernels import POLICIES
-
-    return POLICIES
-
-
-def _scopes() -> Sequence[str]:
-    from hotgraft.scope import SCOPES
-
-    return tuple(SCOPES)
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    """`--weights 1,0.5` as numbers."""
-    if text is None:
-        return None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not numbers with commas between them", param_hint="--weights"
-        ) from None
-    if not all(map(math.isfinite, numbers)):
-        raise typer.BadParameter(f"{text!r} is not finite", param_hint="--weights")
-    return numbers
-
-
-def _weights_for(text: str | None, paths: Sequence[Path]) -> list[float] | None:
-    weights = _numbers(text)
-    if weights is not None and len(weights) != len(paths):
-        raise typer.BadParameter(
-            f"{len(weights)} weights for {len(paths)} grafts", param_hint="--weights"
-        )
-    return weights
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -134,23 +103,6 @@ def _base_id(output: Output, base: Path) -> str:
         return fingerprint(base)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
-GraftPath = Annotated[Path, typer.Argument(metavar="GRAFT", help="A *.graft.safetensors file.")]
-GraftPaths = Annotated[list[Path], typer.Argument(metavar="GRAFT", help="Graft files.")]
-Policy = Annotated[
-    str,
-    typer.Option(
-        callback=_one_of(_policies),
-        help="How grafts meet: refuse, priority (the last named wins), sum, mean or sign.",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(metavar="W,W,...", help="A number a graft, commas between them. Default: all 1."),
-]
-BASE_HELP = "A .safetensors file or a checkpoint folder."
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         from hotgraft.format import creator
@@ -195,16 +147,16 @@ def demo(
 
 @app.command("diff")
 def diff_command(
-    base: Annotated[Path, typer.Argument(help=BASE_HELP)],
-    finetuned: Annotated[Path, typer.Argument(help=BASE_HELP)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The graft file to write.")],
+    base: CheckpointPath,
+    finetuned: CheckpointPath,
+    out: GraftOut,
     density: Annotated[
         float | None, typer.Option(help="Keep this share of the eligible entries, in (0, 1].")
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Keep this many entries.")] = None,
     scope: Annotated[
         str,
-        typer.Option(callback=_one_of(_scopes), help="Eligible tensors: all, encoder or linear."),
+        typer.Option(callback=one_of(scopes), help="Eligible tensors: all, encoder or linear."),
     ] = "all",
     base_id: Annotated[
         bool, typer.Option("--base-id", help="Compute the base's id (reads all of it) and store it")
@@ -216,9 +168,12 @@ def diff_command(
         raise typer.BadParameter("give --density or --count, not both", param_hint="--count")
     if density is not None and not 0 < density <= 1:
         raise typer.BadParameter(f"{density} is not in (0, 1]", param_hint="--density")
+    check_out(out, [base, finetuned])
     with Output(as_json) as output:
         from hotgraft.difference import diff
 
+        if count is not None:
+            check_count(count, base, scope)
         identity = _base_id(output, base) if base_id else None
         with output.bar("comparing") as progress:
             graft = diff(
@@ -288,7 +243,8 @@ def _finite(value: float) -> float | None:
 def verify(
     graft: GraftPath,
     base: Annotated[
-        Path | None, typer.Option(help="Check too that this checkpoint holds the old bits.")
+        Path | None,
+        typer.Option(exists=True, help="Check too that this checkpoint holds the old bits."),
     ] = None,
     base_id: Annotated[
         bool, typer.Option("--base-id", help="Check too the base's id (reads all of the base).")
@@ -332,9 +288,18 @@ def verify(
 
 @app.command("apply")
 def apply_command(
-    base: Annotated[Path, typer.Argument(help=BASE_HELP)],
+    base: CheckpointPath,
     grafts: GraftPaths,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write: new or empty.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            parser=given_path,
+            help="The folder to write: new or empty.",
+        ),
+    ],
     policy: Policy = "refuse",
     weights: Weights = None,
     allow_nonfinite: Annotated[
@@ -346,7 +311,8 @@ def apply_command(
 
     The base's bits are checked first. Other files of weights in the base's folder stay behind.
     """
-    numbers = _weights_for(weights, grafts)
+    numbers = weights_for(weights, grafts)
+    check_folder(out)
     with Output(as_json) as output:
         from hotgraft.checkpoint import apply
 
@@ -385,13 +351,14 @@ def apply_command(
 @app.command("compose")
 def compose_command(
     grafts: GraftPaths,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The graft file to write.")],
+    out: GraftOut,
     policy: Policy = "refuse",
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Join grafts of one base into one."""
-    numbers = _weights_for(weights, grafts)
+    numbers = weights_for(weights, grafts)
+    check_out(out, grafts)
     with Output(as_json) as output:
         from hotgraft.composition import compose
 
