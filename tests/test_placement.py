@@ -17,7 +17,9 @@ from hotgraft.errors import (
     CastWarning,
     CoverageError,
     GraftError,
+    HostChangedError,
     NonFiniteError,
+    OverlapError,
     ParameterError,
 )
 from hotgraft.format import DTYPES
@@ -181,6 +183,114 @@ def test_different_parameters_on_one_storage() -> None:
     with pytest.raises(CoverageError, match=r"'a' and 'part' share memory"):
         host.load(Graft.from_entries(entries))
     assert shared.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+class Transposed(nn.Module):
+    """An autoencoder whose decoder is its encoder, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Linear(4, 3, bias=False)
+        self.dec = nn.Linear(3, 4, bias=False)
+        nn.init.zeros_(self.enc.weight)
+        self.dec.weight = nn.Parameter(self.enc.weight.data.t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.dec(self.enc(x))
+        return out
+
+
+@BACKENDS
+def test_skills_meet_in_a_transposed_tie(backend: str) -> None:
+    model = Transposed()
+    base = contents(model)
+    host = attach(model, backend=backend, base_id=fingerprint(model))
+    host.load(single("enc.weight", base["enc.weight"], [1], [7.0]), name="a")
+    host.activate("a")
+    cell = model.enc.weight[0]
+    with pytest.raises(BaseMismatchError, match=r"'enc.weight', position 1: the base holds"):
+        host.load(single("dec.weight", base["dec.weight"], [3], [9.0], [7.0]), name="b")
+    host.load(single("dec.weight", base["dec.weight"], [3, 4], [9.0, 5.0]), name="b")
+    assert host.skills["b"].plan.graft.names == ("enc.weight",)
+    for names, policy, wanted in (
+        ("b", "refuse", 9.0), ("ab", "sum", 16.0), ("ab", "mean", 8.0), ("ba", "priority", 7.0),
+    ):  # fmt: skip
+        host.activate(*names, policy=policy)
+        assert cell[1] == wanted
+        assert model.dec.weight[1].tolist() == [wanted, 5.0 * ("b" in names), 0.0]
+        with torch.no_grad():
+            model.dec.weight.mul_(1)
+        host.verify()
+    with pytest.raises(OverlapError):
+        host.activate("a", "b")
+    host.deactivate()
+    assert holds(model, base)
+
+
+def test_a_graft_may_say_different_cells_under_different_names() -> None:
+    model = Transposed()
+    base = contents(model)
+    parts = {
+        "enc.weight": single("enc.weight", base["enc.weight"], [1, 2], [7.0, 8.0])["enc.weight"],
+        "dec.weight": single("dec.weight", base["dec.weight"], [3, 4], [7.0, 5.0])["dec.weight"],
+    }
+    host = attach(model)
+    skill = host.load(Graft.from_entries(parts), name="a")
+    assert skill.plan.graft["enc.weight"].indices.tolist() == [1, 2, 5]
+    assert skill.plan.graft["enc.weight"].new.tolist() == [7.0, 8.0, 5.0]
+    host.activate("a")
+    assert model.enc.weight.view(-1)[[1, 2, 5]].tolist() == [7.0, 8.0, 5.0]
+    parts["dec.weight"] = single("dec.weight", base["dec.weight"], [3], [6.0])["dec.weight"]
+    with pytest.raises(CoverageError, match=r"'dec.weight' and 'enc.weight' share memory"):
+        host.load(Graft.from_entries(parts), name="b")
+    model.dec.weight = nn.Parameter(torch.zeros(4, 3))
+    with pytest.raises(HostChangedError, match=r"'dec.weight' was replaced"):
+        host.deactivate()
+
+
+def test_clones_of_what_the_host_ties_are_united() -> None:
+    model = factories.TinyModel()
+    shape = model.embed.weight
+    halves = {
+        "embed.weight": single("embed.weight", shape, [2, 9], [5.0, 6.0])["embed.weight"],
+        "head.weight": single("head.weight", shape, [4, 9], [3.0, 6.0])["head.weight"],
+    }
+    host = attach(model)
+    host.load(Graft.from_entries(halves), name="a")
+    host.activate("a")
+    assert model.embed.weight.view(-1)[[2, 4, 9]].tolist() == [5.0, 3.0, 6.0]
+
+
+def test_views_meet_in_the_tensor_that_covers_them() -> None:
+    flat = torch.zeros(24)
+    model = Holder(
+        rows=flat[:12].view(3, 4), flat=flat, left=flat.view(6, 4)[:, :2], tail=flat[13:]
+    )
+    base = contents(model)
+    host = attach(model)
+    for name, at in (("rows", 4), ("left", 4), ("tail", 2), ("flat", 8)):
+        host.load(single(name, base[name], [at], [1.0 + at]), name=name)
+    assert {skill.plan.graft.names for skill in host.skills.values()} == {("flat",)}
+    host.activate("rows", "tail", "left")
+    assert flat.nonzero().flatten().tolist() == [4, 8, 15]
+    with pytest.raises(OverlapError):
+        host.activate("left", "flat", policy="refuse")
+    host.deactivate()
+    assert not flat.any()
+
+
+def test_overlaps_that_nothing_covers_are_refused_by_name() -> None:
+    flat = torch.zeros(24)
+    halves = Holder(a=flat[:16], b=flat[8:], c=flat.view(torch.int32)[20:])
+    columns = Holder(a=flat.view(4, 6)[:, :4], b=flat.view(4, 6)[:, 3:])
+    bits = Holder(a=flat, b=flat.view(torch.int32))
+    for model in (halves, columns, bits):
+        host = attach(model)
+        with pytest.raises(ParameterError, match=r"'a' and 'b' share memory.*clone one"):
+            host.load(single("a", model.a, [1], [1.0]))
+    attach(Holder(a=flat.view(4, 6)[:, :4], b=flat.view(4, 6)[:, 4:])).load(
+        single("b", flat.view(4, 6)[:, 4:], [1], [1.0])
+    )
 
 
 # ---- what cannot be written ---------------------------------------------------------------------

@@ -208,10 +208,14 @@ class Ledger:
         live = self.live.plan
         if live is not None:
             for name in live.graft.names:
-                entries = live.graft[name]
-                copy = state[name].clone(memory_format=torch.contiguous_format)
+                home, entries = self._slots[name], live.graft[name]
+                copy = home.tensor.detach().clone(memory_format=torch.contiguous_format)
                 copy.view(-1)[entries.indices] = entries.old
                 state[name] = copy
+                for view in home.views[1:]:
+                    distance = view.tensor.data_ptr() - home.tensor.data_ptr()
+                    offset = distance // copy.element_size()
+                    state[view.name] = copy.as_strided(view.shape, view.tensor.stride(), offset)
         found = fingerprint(state)
         if found != base_id:
             raise HostChangedError(

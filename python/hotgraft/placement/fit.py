@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +19,16 @@ from hotgraft.errors import (
     NonFiniteError,
     PartialWarning,
 )
-from hotgraft.format import DTYPES, Bits, Group, Positions, Row
+from hotgraft.format import DTYPES, Bits, Group, Positions, Row, blocks
 from hotgraft.graft import Graft
 from hotgraft.kernels import Backend
+from hotgraft.placement.memory import Offsets, memory_offsets
 from hotgraft.placement.names import Names, missing_message, resolve_names
 from hotgraft.placement.slots import Slot, check_writable, memory_regions
 from hotgraft.weights import sample
+
+Part: TypeAlias = tuple[Row, Positions, Bits, Bits]
+"""A row with its positions, new and old bits."""
 
 
 def refuse_nonfinite(graft: Graft) -> None:
@@ -65,7 +71,8 @@ def fit(
     """The graft in the host's names and dtypes.
 
     Raises:
-        CoverageError: a tensor has no counterpart, or two have the same.
+        CoverageError: a tensor has no counterpart, two have the same, or two share memory here
+            but not their bits.
         LayoutError, ParameterError: the counterpart cannot be written.
         BaseMismatchError: shapes differ, or dtypes do and `cast` was not given.
         NonFiniteError: a value overflows in the host's dtype.
@@ -86,7 +93,8 @@ def fit(
     regions, shapes = memory_regions(), graft.shapes
     for name, target in found.items():
         slot, shape = slots[target], shapes[name]
-        check_writable(slot, regions)
+        for one in {slot, slot.home}:
+            check_writable(one, regions)
         if shape != slot.shape:
             raise BaseMismatchError(
                 f"{name!r} has shape {list(shape)} in the graft and {list(slot.shape)} in the host "
@@ -97,37 +105,71 @@ def fit(
 
 
 def _rename(graft: Graft, found: Mapping[str, Slot]) -> Graft:
-    """The graft in the names of the slots; what several tied names say alike is said once."""
-    sayers: dict[str, str] = {}  # a slot's name -> the graft's name for it
+    """The graft in the names of the home slots, whatever it says of a cell said once."""
+    tellers: dict[str, list[str]] = {}  # a home's name -> the graft's names for it
     for name, slot in found.items():
-        first = sayers.setdefault(slot.name, name)
-        if first != name and not _say_the_same(graft, first, name):
-            raise CoverageError(
-                f"{first!r} and {name!r} share memory in this host (tied), but the graft's entries "
-                "for them differ; leave one of them out"
-            )
+        tellers.setdefault(slot.home.name, []).append(name)
     # Names and shapes become the host's own objects, so a skill holds no strings of its own.
     shapes = {name: slot.shape for name, slot in found.items()}
-    named = set(sayers.values())
-    kept = [row for row in graft.rows if row.name in named]
+    alone = {names[0] for names in tellers.values() if len(names) == 1}
+    alone = {name for name in alone if found[name].home is found[name]}
+    kept = [row for row in graft.rows if row.name in alone]
     rows = [row._replace(name=found[row.name].name, shape=shapes[row.name]) for row in kept]
     if rows == list(graft.rows):
         return Graft(rows, graft.groups, graft.provenance, known_id=graft.id, checked=True)
     if len(rows) == len(graft.rows) and rows == sorted(rows, key=lambda r: (r.name, r.block)):
         return Graft(rows, graft.groups, graft.provenance, checked=True)
-    return _assemble(graft, [(r, *graft.arrays(old)) for r, old in zip(rows, kept, strict=True)])
+    parts = [(row, *graft.arrays(old)) for row, old in zip(rows, kept, strict=True)]
+    for names in tellers.values():
+        if alone.isdisjoint(names):
+            parts += _united(graft, {name: found[name] for name in names})
+    return _assemble(graft, parts)
 
 
-def _say_the_same(graft: Graft, name: str, other: str) -> bool:
-    mine, theirs = ([row for row in graft.rows if row.name == n] for n in (name, other))
-    return len(mine) == len(theirs) and all(
-        (a.dtype, a.block) == (b.dtype, b.block)
-        and all(map(np.array_equal, graft.arrays(a), graft.arrays(b)))
-        for a, b in zip(mine, theirs, strict=True)
-    )
+def _united(graft: Graft, found: Mapping[str, Slot]) -> list[Part]:
+    """What the graft says of slots with the same home, as rows of that home.
+
+    A position may be said under one name or, in the same bits, under several.
+    """
+    home = next(iter(found.values())).home
+    rows = [row for row in graft.rows if row.name in found]
+    columns = [(_in_home(graft, row, found[row.name]), *graft.arrays(row)[1:]) for row in rows]
+    where = np.concatenate([positions for positions, _, _ in columns])
+    order = np.argsort(where, kind="stable")
+    where = where[order]
+    again = np.flatnonzero(where[1:] == where[:-1])
+    values = []
+    for column in (1, 2):
+        bits = np.concatenate([c[column] for c in columns])[order]
+        if len({row.dtype for row in rows}) > 1 or (bits[again] != bits[again + 1]).any():
+            first, second = sorted(found)[:2]
+            raise CoverageError(
+                f"{first!r} and {second!r} share memory in this host (tied), but the graft's "
+                "entries for them differ; leave one of them out"
+            )
+        values.append(np.delete(bits, again))
+    where, (new, old) = np.delete(where, again), values
+    parts = []
+    for block, size in blocks(prod(home.shape)):
+        begin, end = np.searchsorted(where, (block, block + size))
+        if begin < end:
+            row = Row(home.name, home.shape, rows[0].dtype, block, 0, int(end - begin))
+            positions = (where[begin:end] - block).astype(np.int32)
+            parts.append((row, positions, new[begin:end], old[begin:end]))
+    return parts
 
 
-def _assemble(graft: Graft, parts: list[tuple[Row, Positions, Bits, Bits]]) -> Graft:
+def _in_home(graft: Graft, row: Row, slot: Slot) -> Offsets:
+    """A row's positions as C-order positions in the slot's home."""
+    positions = graft.arrays(row).positions.astype(np.int64) + row.block
+    if slot.home is slot:
+        return positions
+    distance = slot.tensor.data_ptr() - slot.home.tensor.data_ptr()
+    offsets: Offsets = memory_offsets(positions, slot.tensor)
+    return offsets + distance // slot.tensor.element_size()
+
+
+def _assemble(graft: Graft, parts: Sequence[Part]) -> Graft:
     """A graft from rows and their arrays, in any order."""
     rows: list[Row] = []
     arrays: dict[str, list[Group]] = {}

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hotgraft.errors import ParameterError
 from hotgraft.format import DType, dtype_of
+from hotgraft.placement.memory import extent, share_memory
 from hotgraft.weights import plain_name
 
 Regions = list[tuple[int, int, bool]]
@@ -33,7 +34,11 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """One parameter or buffer. Tied ones are one slot with several places."""
+    """One parameter or buffer. Tied ones are one slot with several places.
+
+    Slots that share memory through different views (a transposed tie, a slice) meet in one of them,
+    their home: what a graft says of any is rewritten to positions in the home.
+    """
 
     name: str
     """The first of its names."""
@@ -41,6 +46,15 @@ class Slot:
     places: list[Place]
     family: list[Place]
     """Every place of the same storage: their tensors may share a version counter."""
+    home: Slot = dataclasses.field(init=False)
+    """Itself, or the contiguous slot that covers its memory and that of all that it overlaps."""
+    views: list[Slot] = dataclasses.field(init=False)
+    """The slots it is home to, itself first."""
+    rival: Slot | None = None
+    """A slot that it overlaps, where none can be home to both."""
+
+    def __post_init__(self) -> None:
+        self.home, self.views = self, [self]
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -71,15 +85,63 @@ def find_slots(model: torch.nn.Module) -> dict[str, Slot]:
                 slot.places.append(Place(owner, key, tensor, len(slots)))
                 family.append(slot.places[-1])
                 slots[name] = slot
+    _find_homes([slot for slot in first.values() if _is_dense(slot.tensor)])
     return slots
+
+
+def _find_homes(slots: list[Slot]) -> None:
+    """Give slots that overlap one home, or note that there is none."""
+    reached, near = 0, list[Slot]()  # slots whose extents overlap, at least in a chain
+    for begin, end, slot in sorted(((*extent(s.tensor), s) for s in slots), key=lambda e: e[:2]):
+        if begin >= reached:
+            _settle(near)
+            near = []
+        near.append(slot)
+        reached = max(reached, end)
+    _settle(near)
+
+
+def _settle(near: list[Slot]) -> None:
+    groups: list[list[Slot]] = []
+    for slot in near:
+        met = [g for g in groups if any(share_memory(slot.tensor, s.tensor) for s in g)]
+        groups = [g for g in groups if g not in met] + [[s for g in met for s in g] + [slot]]
+    for group in groups:
+        if len(group) > 1:
+            home = next((slot for slot in group if _covers(slot, group)), None)
+            for slot in group:
+                if home is None:
+                    others = (s for s in group if s is not slot)
+                    slot.rival = next(s for s in others if share_memory(s.tensor, slot.tensor))
+                elif slot is not home:
+                    slot.home = home
+                    home.views.append(slot)
+
+
+def _covers(home: Slot, group: list[Slot]) -> bool:
+    """Whether a position in the home can say every element of every slot."""
+    begin, end = extent(home.tensor)
+    return home.tensor.is_contiguous() and all(
+        slot.tensor.dtype == home.tensor.dtype
+        and begin <= (at := extent(slot.tensor))[0]
+        and at[1] <= end
+        and (at[0] - begin) % home.tensor.element_size() == 0
+        for slot in group
+    )
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, object]:
     """Of its storage, and of its place in there: both equal for tensors that are tied."""
-    if _is_opaque(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+    if not _is_dense(tensor):
         return id(tensor), None
     view = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
     return (tensor.device, tensor.untyped_storage().data_ptr()), view
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie in memory, by strides."""
+    hidden = _is_opaque(tensor) or tensor.is_meta or tensor.layout != torch.strided
+    return not hidden and tensor.numel() > 0
 
 
 def _is_opaque(tensor: torch.Tensor) -> bool:
@@ -96,10 +158,16 @@ def check_writable(slot: Slot, regions: Regions) -> None:
 
     Raises:
         ParameterError: it is meta, offloaded, quantised, sparse, a lazy view, read-only memory,
-            on another device than the CPU, or overlaps itself.
+            on another device than the CPU, or overlaps itself or another in a way that cannot be
+            resolved.
     """
     tensor, name = slot.tensor, slot.name
     kind = type(tensor).__name__
+    if slot.rival is not None:
+        raise ParameterError(
+            f"{name!r} and {slot.rival.name!r} share memory, and no contiguous tensor of the same "
+            "type covers both, so what they hold cannot be told apart: clone one of them"
+        )
     if torch.nn.parameter.is_lazy(tensor):
         raise ParameterError(f"{name!r} is not initialised yet: run the model once first")
     if _is_opaque(tensor) or any(
@@ -152,11 +220,7 @@ def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def _memory_is_writable(tensor: torch.Tensor, regions: Regions) -> bool:
     if not tensor.numel() or not regions:
         return True
-    extent = sum(
-        stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    begin = tensor.data_ptr()
-    end = begin + (extent + 1) * tensor.element_size()
+    begin, end = extent(tensor)
     at = max(bisect.bisect_right(regions, (begin, 2**64, False)) - 1, 0)
     while at < len(regions) and regions[at][0] < end:
         _, stop, writable = regions[at]

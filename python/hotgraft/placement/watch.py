@@ -30,7 +30,8 @@ class Watch:
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        self._places = tuple((slot, place) for slot in slots for place in slot.places)
+        views = [view for slot in slots for view in slot.views]
+        self._places = tuple((view, place) for view in views for place in view.places)
         self._owners = tuple(place.owner for _, place in self._places)
         self._keys = tuple(place.key for _, place in self._places)
         self._tensors = tuple(place.tensor for _, place in self._places)
@@ -39,7 +40,7 @@ class Watch:
         # nothing moved.
         self._storages = tuple(tensor.untyped_storage() for tensor in self._tensors)
         # Inference tensors have no version counter: what is written to them, only verify() sees.
-        family = [place for slot in slots for place in slot.family]
+        family = [place for view in views for place in view.family]
         counted = {id(p.tensor): p for p in family if not p.tensor.is_inference()}
         self._counted = tuple(place.tensor for place in counted.values())
         self.cells = np.array([place.cell for place in counted.values()], np.int64)
