@@ -69,6 +69,17 @@ def test_a_tensor_in_two_shards(tmp_path):
     refused(tmp_path, "is in another shard too")
 
 
+def test_a_shard_that_lacks_what_the_index_says(tmp_path):
+    save_file({"w": GOOD["w"]}, tmp_path / "a.safetensors")
+    save_file({"v": GOOD["v"]}, tmp_path / "b.safetensors")
+    for shards, message in (
+        ({"w": "a.safetensors", "v": "a.safetensors"}, "it says that 'v' is in 'a.safetensors', "),
+        ({"w": "a.safetensors", "v": "b.safetensors", "x": "b.safetensors"}, "says that 'x' is in"),
+    ):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": shards}))
+        refused(tmp_path, message)
+
+
 def test_which_file_of_a_folder(tmp_path):
     refused(tmp_path / "missing", "no such file or folder")
     refused(tmp_path, "exactly one .safetensors file; found 0 and no index")

@@ -277,6 +277,35 @@ def test_models_that_do_not_match(change, error, message):
         diff(base, tuned)
 
 
+class Wrapped(torch.Tensor):
+    """As torchao's: a tensor that holds its values in others."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    def __tensor_flatten__(self):
+        return ["held"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("nobody should read it")
+
+
+def test_tensors_without_values_of_their_own():
+    for odd, message in (
+        (Wrapped(torch.zeros(4)), "'w' is a Wrapped, which stores other bits than its values"),
+        (torch.nn.UninitializedParameter(), "'w' is not initialised yet: run the model once first"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            diff({"w": odd}, {"w": torch.ones(4)})
+        with pytest.raises(ParameterError, match=message):
+            fingerprint({"w": odd})
+
+
 def test_many_names_are_not_all_listed():
     base = {f"w{i}": torch.zeros(1) for i in range(9)}
     with pytest.raises(CoverageError, match="lacks 'w1', 'w2', 'w3' and 5 more, which the base"):
@@ -321,6 +350,51 @@ def test_tied_tensors_count_once():
     assert "embed.weight" in graft.names
     assert "head.weight" not in graft.names
     assert graft.provenance.eligible == sum(p.numel() for p in base.parameters())
+
+
+def test_tied_tensors_against_copies_of_them():
+    base = TinyModel(seed=1)
+    copies = {name: t.detach().clone() for name, t in TinyModel(seed=2).state_dict().items()}
+    wanted = diff(base, TinyModel(seed=2))
+    assert diff(base, copies) == wanted
+    clones = {name: t.detach().clone() for name, t in base.state_dict().items()}
+    both = diff(clones, TinyModel(seed=2))
+    assert {*wanted.names, "head.weight"} == {*both.names}
+    assert both.rebase(base) == both
+    assert Graft.from_mask(base, copies, both.mask) == both
+    copies["head.weight"][0] += 1
+    message = "'embed.weight' and 'head.weight' are tied in the base, but different in the fine-"
+    with pytest.raises(BaseMismatchError, match=re.escape(message)):
+        diff(base, copies)
+    with pytest.raises(BaseMismatchError, match=re.escape(message)):
+        diff(base, copies, scope=lambda name, _shape: name == "embed.weight")
+    assert diff(base, copies, scope="encoder") == diff(base, TinyModel(seed=2), scope="encoder")
+    copies["head.weight"] = torch.zeros(3)
+    with pytest.raises(BaseMismatchError, match=r"'head.weight' is F32 \[13, 8\] in the base"):
+        diff(base, copies)
+
+
+def test_transposed_ties_count_once():
+    memory, tuned = torch.zeros(3, 4), torch.arange(12.0).reshape(3, 4) + 1
+    base = {"enc": memory, "dec": memory.t(), "flat": memory.view(-1), "part": memory[1:]}
+    for fresh in (
+        {"enc": tuned, "dec": tuned.t(), "flat": tuned.view(-1), "part": tuned[1:]},
+        {"enc": tuned, "dec": tuned.t().clone(), "flat": tuned.view(-1).clone(), "part": tuned[1:]},
+    ):
+        graft = diff(base, fresh, scope=lambda name, _shape: name != "part")
+        assert (graft.names, graft.provenance.eligible) == (("enc",), 12)
+    assert fingerprint({"enc": memory, "dec": memory.t()}) == fingerprint({"enc": memory})
+    with pytest.raises(BaseMismatchError, match="'enc' and 'dec' are tied in the base, but diff"):
+        diff(base, {**fresh, "dec": tuned.reshape(4, 3)})
+
+
+def test_lazily_negated_tensors_are_read_as_they_are():
+    plain = torch.tensor([1.0, -2.0])
+    negated = torch._neg_view(plain)
+    base = {"w": torch.zeros(2), "v": plain}
+    graft = diff(base, {"w": negated, "v": plain})
+    assert graft["w"].new.tolist() == [-1.0, 2.0]
+    assert fingerprint({"w": plain, "v": negated}) == fingerprint({"w": plain, "v": -plain})
 
 
 def test_strided_and_empty_tensors():

@@ -80,7 +80,7 @@ def check(graft: Graft, base: Weights) -> dict[str, str]:
         {'w': 'w'}
     """
     with open_weights(base) as checkpoint:
-        names = _names_in(graft, checkpoint.specs)
+        names = _names_in(graft, checkpoint.known)
         wrong, first = 0, ""
         for row in graft.rows:
             positions, _, old = graft.arrays(row)

@@ -246,11 +246,11 @@ def rebase(graft: Graft, other_base: Weights, mode: str = "difference") -> Graft
     runner = kernels.resolve()
     parts: dict[str, list[Group]] = {dtype: [] for dtype in graft.groups}
     with open_weights(other_base) as checkpoint:
-        missing = set(graft.names) - set(checkpoint.specs)
+        missing = set(graft.names) - set(checkpoint.known)
         if missing:
             raise CoverageError(f"the other base lacks {sample(missing)}, which the graft touches")
         for row in graft.rows:
-            shape, dtype = checkpoint.specs[row.name]
+            shape, dtype = checkpoint.known[row.name]
             if (shape, dtype.name) != (row.shape, row.dtype):
                 raise BaseMismatchError(
                     f"{row.name!r} is {row.dtype} {list(row.shape)} in the graft and {dtype.name} "

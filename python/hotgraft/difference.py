@@ -16,7 +16,7 @@ from hotgraft.format import BLOCK, Bits, DType, Group, Positions, Provenance, Ro
 from hotgraft.graft import Graft, Mask
 from hotgraft.kernels import Backend, Pair
 from hotgraft.scope import Scope, in_scope
-from hotgraft.weights import Checkpoint, Weights, open_weights, sample
+from hotgraft.weights import Checkpoint, Tie, Weights, open_weights, sample
 
 Progress = Callable[[int, int], None]
 """Called with the elements compared so far and in all."""
@@ -28,7 +28,7 @@ class _Pairs:
     def __init__(self, base: Checkpoint, finetuned: Checkpoint, names: list[str]) -> None:
         self._base, self._finetuned, self._names = base, finetuned, names
         self.places = [
-            (name, block) for name in names for block, _ in blocks(prod(base.specs[name].shape))
+            (name, block) for name in names for block, _ in blocks(prod(base.known[name].shape))
         ]
 
     def __iter__(self) -> Iterator[Pair]:
@@ -36,7 +36,7 @@ class _Pairs:
             left, right = self._base.tensor(name), self._finetuned.tensor(name)
             for block, size in blocks(len(left)):
                 end = block + size
-                yield Pair(left[block:end], right[block:end], self._base.specs[name].dtype)
+                yield Pair(left[block:end], right[block:end], self._base.known[name].dtype)
 
 
 def diff(
@@ -118,14 +118,14 @@ def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
         raise GraftError("the mask is empty: a graft needs at least one entry")
     with open_weights(base) as left, open_weights(finetuned) as right:
         names = list(mask)
-        missing = set(names) - set(left.specs)
+        missing = set(names) - set(left.known)
         if missing:
             raise CoverageError(f"the base lacks {sample(missing)}, which the mask names")
         _check_same(left, right, names, "mask")
         for name in names:
-            if mask.shape(name) != left.specs[name].shape:
+            if mask.shape(name) != left.known[name].shape:
                 raise BaseMismatchError(
-                    f"{name!r} has shape {list(left.specs[name].shape)} in the base and "
+                    f"{name!r} has shape {list(left.known[name].shape)} in the base and "
                     f"{list(mask.shape(name))} in the mask"
                 )
         parts = _Parts(kernels.resolve())
@@ -133,8 +133,8 @@ def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
         for (name, block), pair in zip(pairs.places, pairs, strict=True):
             indices = mask[name]
             inside = indices[(indices >= block) & (indices < block + BLOCK)] - block
-            parts.add(name, left.specs[name].shape, block, pair, inside.astype(np.int32))
-        eligible = sum(prod(spec.shape) for spec in left.specs.values())
+            parts.add(name, left.known[name].shape, block, pair, inside.astype(np.int32))
+        eligible = sum(prod(left.known[name].shape) for name in {*left.specs, *names})
         return parts.graft(Provenance(scope="all", eligible=eligible, method="given mask"))
 
 
@@ -174,25 +174,36 @@ class _Parts:
 
 
 def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], label: str) -> None:
-    missing = set(names) - set(right.specs)
+    missing = set(names) - set(right.known)
     if missing:
         raise CoverageError(
             f"the fine-tuned model lacks {sample(missing)}, which the base has in scope "
             f"{label!r}; name a scope without them, or rename them"
         )
     if label == "all":
-        extra = set(right.specs) - set(left.specs)
+        extra = set(right.specs) - set(left.known)
         if extra:
             raise CoverageError(
                 f"the fine-tuned model has {sample(extra)}, which the base lacks; "
                 "scope='encoder' or a function of name and shape leaves them out"
             )
-    for name in names:
-        if left.specs[name] != right.specs[name]:
-            (shape, dtype), (other_shape, other_dtype) = left.specs[name], right.specs[name]
+    ties = [
+        tie
+        for tie in left.ties.values()
+        if tie.first.name in names and tie.later.name in right.known
+    ]
+    for name in [*names, *(tie.later.name for tie in ties)]:
+        if left.known[name] != right.known[name]:
+            (shape, dtype), (other_shape, other_dtype) = left.known[name], right.known[name]
             raise BaseMismatchError(
                 f"{name!r} is {dtype.name} {list(shape)} in the base and {other_dtype.name} "
                 f"{list(other_shape)} in the fine-tuned model; convert one of them first"
+            )
+    for first, later in ties:
+        if not right.holds(Tie(first, later)):
+            raise BaseMismatchError(
+                f"{first.name!r} and {later.name!r} are tied in the base, but different in the "
+                "fine-tuned model: one set of weights cannot become both; untie the base first"
             )
 
 
