@@ -10,6 +10,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +78,13 @@ class Worker(threading.Thread):
         if self._error is not None:
             raise self._error
         return self._result
+
+
+def until_locked(lock: threading.Lock) -> None:
+    end = time.monotonic() + PATIENCE
+    while not lock.locked():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -155,8 +163,7 @@ def test_a_commit_waits_for_the_pass_and_holds_new_ones_back(slow: tuple[Slow, H
     first = Worker(model)
     assert model.inside.wait(PATIENCE)
     commit = Worker(lambda: host.activate("ones"))
-    while not host._gate._turnstile.locked():
-        time.sleep(0.001)
+    until_locked(host._gate._turnstile)
     model.inside.clear()
     second = Worker(model)
     assert not model.inside.wait(0.1)
@@ -252,6 +259,86 @@ def test_hold_keeps_commits_out_and_may_end_in_another_thread(slow: tuple[Slow, 
     Worker(lambda: hold.__exit__(None, None, None)).result()
     commit.result()
     assert model() == {1.0}
+
+
+def test_a_hold_may_use_a_thread_pool_while_a_commit_waits(slow: tuple[Slow, Host]) -> None:
+    model, host = slow
+    ready, waiting = threading.Event(), threading.Event()
+
+    def evaluate() -> set[float]:
+        with host.hold():
+            ready.set()
+            assert waiting.wait(PATIENCE)
+            with ThreadPoolExecutor(3) as pool:
+                return set().union(*pool.map(model, [1.0] * 6))
+
+    evaluation = Worker(evaluate)
+    assert ready.wait(PATIENCE)
+    commit = Worker(lambda: host.activate("ones"))
+    until_locked(host._gate._front)
+    waiting.set()
+    assert evaluation.result() == {0.0}
+    commit.result()
+    assert model() == {1.0}
+
+
+def test_a_generator_that_holds_may_go_from_thread_to_thread(slow: tuple[Slow, Host]) -> None:
+    model, host = slow
+
+    def stream(steps: int) -> Iterator[set[float]]:
+        with host.hold():
+            for _ in range(steps):
+                yield model()
+
+    tokens = stream(3)
+    pools = [ThreadPoolExecutor(1) for _ in range(2)]
+    assert pools[0].submit(next, tokens).result(PATIENCE) == {0.0}
+    commit = Worker(lambda: host.activate("ones"))
+    until_locked(host._gate._front)
+    for i in (1, 0):
+        assert pools[i].submit(next, tokens).result(PATIENCE) == {0.0}
+    assert commit.is_alive()
+    assert pools[1].submit(next, tokens, None).result(PATIENCE) is None
+    commit.result()
+    for pool in pools:
+        assert pool.submit(model).result(PATIENCE) == {1.0}
+        pool.shutdown()
+
+
+def test_a_waiting_commit_lets_no_new_hold_in_but_nested_ones(slow: tuple[Slow, Host]) -> None:
+    model, host = slow
+
+    def held() -> set[float]:
+        with host.hold():
+            return model()
+
+    with host.hold():
+        commit = Worker(lambda: host.activate("ones"))
+        until_locked(host._gate._front)
+        other = Worker(held)
+        assert held() == {0.0}
+        time.sleep(0.05)
+        assert host._gate.passes == 1
+        assert commit.is_alive()
+    commit.result()
+    assert other.result() == {1.0}
+
+
+def test_the_hold_of_a_thread_that_ended_is_nobody_elses(slow: tuple[Slow, Host]) -> None:
+    _, host = slow
+    hold = host.hold()
+    ended = threading.Thread(target=hold.__enter__)
+    ended.start()
+    ended.join()
+    commits = [Worker(lambda: host.activate("ones"))]
+    while commits[-1].ident != ended.ident and len(commits) < 20:  # numbers are given out again
+        commits.append(Worker(lambda: host.activate("ones")))
+    time.sleep(0.05)
+    assert all(commit.is_alive() for commit in commits)
+    assert host.active == ()
+    hold.__exit__(None, None, None)
+    for commit in commits:
+        commit.result()
 
 
 def test_forward_itself_is_gated(slow: tuple[Slow, Host]) -> None:

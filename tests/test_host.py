@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import factories
 import pytest
 import torch
-from hosts import Mixed, Workshop, holds, versions
+from hosts import Mixed, Workshop, contents, holds, single, versions
 from hotgraft import Graft, attach, compose
 from hotgraft.errors import (
     BackendError,
@@ -191,6 +191,38 @@ def test_hold_refuses_a_commit_of_its_own_thread(shop: Workshop) -> None:
     assert shop.is_base()
     shop.host.activate("again")
     assert shop.is_a()
+
+
+def test_a_block_left_inside_a_hold_is_over(shop: Workshop) -> None:
+    block = shop.host.using("a")
+    block.__enter__()
+    with shop.host.hold(), pytest.raises(GateError, match="inside a forward pass or a hold"):
+        block.__exit__(None, None, None)
+    assert shop.host.active == ("a",)
+    shop.host.deactivate()
+    assert shop.is_base()
+    assert shop.host.adopt() == ()
+
+
+def test_active_is_in_the_order_last_given(shop: Workshop) -> None:
+    shop.host.load(single("step", shop.base["step"], [0], [5]), name="c")
+    shop.host.unload("b")
+    shop.host.load(single("first.bias", shop.base["first.bias"], [0], [2.5]), name="b")
+    for names in (("b", "c"), ("c", "b")):
+        shop.host.activate(*names)
+        assert shop.host.active == names
+
+
+def test_a_weight_of_minus_zero_is_zero() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(model.weight, -0.0)
+    host = attach(model)
+    host.load(single("weight", model.weight, [0, 1], [2.5, -2.5]), name="a")
+    host.activate("a", weights=[0.0])
+    zero = contents(model)
+    host.activate("a", weights=[-0.0])
+    assert holds(model, zero)
+    assert str(host._ledger.live.weights) == "(0.0,)"
 
 
 # ---- leaving ------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ def untraced(function: Function) -> Function:
 class Gate:
     """A lock with shared and exclusive entry, re-entrant for passes, fair to commits.
 
-    A waiting commit holds back new passes, but not passes nested in one that runs.
+    A waiting commit first holds back new holds and waits for those that are open, then holds back
+    new passes and waits for those inside. What is nested (in the same thread) always goes in, and
+    so does any thread's pass while a hold is open: who holds may hand work to other threads.
 
     KeyboardInterrupt may come after any call, and on the way into any Python function. What must
     happen at an exit is therefore a plain lock in a `with` statement, an assignment, or one call of
@@ -59,29 +61,33 @@ class Gate:
 
     Example:
         >>> gate = Gate()
-        >>> with gate.passing():
+        >>> with gate.holding():
         ...     gate.passes
         1
     """
 
     def __init__(self, before_pass: Callable[[], object] = lambda: None) -> None:
         self._before_pass = before_pass
-        self._turnstile = threading.Lock()  # new passes go through; a commit keeps it
+        self._front = threading.Lock()  # new holds go through; a commit keeps it
+        self._turnstile = threading.Lock()  # new passes go through; a commit keeps it, taken second
         self._mutex = threading.RLock()  # the garbage collector may close a hold inside it
-        self._inside: dict[object, int] = {}  # a token a pass -> its thread
-        self._committing: int | None = None  # the thread that has the turnstile to commit
+        # A token a pass or hold -> its thread: the object, for numbers are given out again.
+        self._inside: dict[object, threading.Thread] = {}
+        self._holds: dict[object, threading.Thread] = {}
+        self._committing: threading.Thread | None = None  # it has the turnstile to commit
         self._emptied = threading.Lock()  # released to wake the commit
         self._emptied.acquire()
-        self._forget = self._inside.pop  # the shared exit: one C function
+        self._forget = self._inside.pop  # the shared exits: one C function each
+        self._let_go = self._holds.pop
 
     @property
     def passes(self) -> int:
-        """Passes (and holds) that are inside now."""
-        return len(self._inside)
+        """Passes and holds that are inside now."""
+        return len(self._inside) + len(self._holds)
 
     @untraced
     def share(self, work: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Do some work as a pass: waits for a commit that runs or waits, unless nested."""
+        """Do some work as a pass: waits for a commit that runs or waits, unless it may go in."""
         token = object()
         # Entering is inside the try: an interrupt between the two would otherwise leave it entered.
         try:
@@ -89,47 +95,48 @@ class Gate:
             return work(*args, **kwargs)
         finally:
             if self._forget(token, None) is not None:
-                self._wake()
+                self._wake(self._inside)
 
     @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
-        """The same for a block."""
+    def holding(self) -> Iterator[None]:
+        """Keep commits out for a block, which another thread may leave than entered it."""
         token = object()
         try:
-            self._enter(token)
+            self._enter_hold(token)
             yield
         finally:
-            if self._forget(token, None) is not None:
-                self._wake()
+            if self._let_go(token, None) is not None:
+                self._wake(self._holds)
 
     def commit(self, work: Callable[[], Result]) -> Result:
-        """Do some work alone: waits until no pass is inside.
+        """Do some work alone: waits until no hold is open and no pass inside.
 
         Raises:
             GateError: this thread is itself inside a pass, a hold or a commit, so it would wait for
                 ever.
         """
-        me = threading.get_ident()
+        me = threading.current_thread()
         with self._mutex:
             if self._is_mine(me):
                 raise GateError(
                     "the weights cannot be switched inside a forward pass or a hold of the same "
                     "thread; switch before or after it"
                 )
-        with self._turnstile:
-            try:
-                self._committing = me
-                while self._is_occupied():
-                    self._emptied.acquire(timeout=_PATIENCE)
-                return work()
-            finally:
-                self._committing = None
+        with self._front:
+            self._wait_for(self._holds)
+            with self._turnstile:
+                try:
+                    self._committing = me
+                    self._wait_for(self._inside, self._holds)  # a pass inside may open a hold
+                    return work()
+                finally:
+                    self._committing = None
 
     @untraced
     def _enter(self, token: object) -> None:
-        me = threading.get_ident()
+        me = threading.current_thread()
         with self._mutex:
-            if self._is_mine(me):
+            if self._holds or self._is_mine(me):
                 self._inside[token] = me
                 return
         with self._turnstile:
@@ -137,20 +144,34 @@ class Gate:
             with self._mutex:
                 self._inside[token] = me
 
-    @untraced
-    def _wake(self) -> None:
-        """Wake the commit that waits for the last pass."""
+    def _enter_hold(self, token: object) -> None:
+        me = threading.current_thread()
         with self._mutex:
-            if not self._inside and self._emptied.locked():
+            if self._is_mine(me):
+                self._holds[token] = me
+                return
+        with self._front:
+            self._before_pass()
+            with self._mutex:
+                self._holds[token] = me
+
+    def _wait_for(self, *occupied: dict[object, threading.Thread]) -> None:
+        while True:
+            with self._mutex:
+                if not any(occupied):
+                    return
+            self._emptied.acquire(timeout=_PATIENCE)
+
+    @untraced
+    def _wake(self, left: dict[object, threading.Thread]) -> None:
+        """Wake the commit that waits for the last to leave."""
+        with self._mutex:
+            if not left and self._emptied.locked():
                 self._emptied.release()
 
     @untraced
-    def _is_mine(self, me: int) -> bool:
-        return me == self._committing or me in self._inside.values()
-
-    def _is_occupied(self) -> bool:
-        with self._mutex:
-            return bool(self._inside)
+    def _is_mine(self, me: threading.Thread) -> bool:
+        return me is self._committing or me in self._inside.values() or me in self._holds.values()
 
 
 class GatedForward:

@@ -22,6 +22,7 @@ from hotgraft import kernels
 from hotgraft.composition import compose
 from hotgraft.errors import (
     AdoptWarning,
+    GateError,
     GraftError,
     HostChangedError,
     HotgraftError,
@@ -270,16 +271,21 @@ class Host:
             yield
         finally:
             if block in self._blocks:
-                self._gate.commit(functools.partial(self._leave, block))
+                try:
+                    self._gate.commit(functools.partial(self._leave, block))
+                except GateError:  # inside a hold: nobody could leave it later
+                    self._close(block)
+                    raise
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self) -> contextlib.AbstractContextManager[None]:
         """No commit happens in this block: one generation, one set of weights.
 
-        Commits of other threads wait; one of this thread is a `GateError`.
+        Commits of other threads wait; one of this thread is a `GateError`. Passes of any thread go
+        on meanwhile, so the block may use a thread pool, and a generator may enter it in one thread
+        and leave it in another. A commit that waits lets no new hold in, but for those nested in a
+        hold or pass of the same thread.
         """
-        with self._gate.passing():
-            yield
+        return self._gate.holding()
 
     # ---- checking ------------------------------------------------------------------------------
 
@@ -369,7 +375,9 @@ class Host:
         skills = tuple(self._skill(name) for name in names)
         if len(set(names)) != len(names):
             raise GraftError(f"a skill is named twice: {', '.join(names)}")
-        given = tuple(map(float, weights)) if weights is not None else (1.0,) * len(names)
+        given = (
+            tuple(float(w) + 0.0 for w in weights) if weights is not None else (1.0,) * len(names)
+        )
         if len(given) != len(names):
             raise GraftError(f"{len(given)} weights for {len(names)} skills")
         if policy not in kernels.POLICIES:
@@ -410,13 +418,18 @@ class Host:
 
     def _leave(self, block: _Block) -> None:
         with self._lock:
+            if self._close(block) and self._ledger.live is not block.before:
+                self._ledger.commit(block.before)
+
+    def _close(self, block: _Block) -> bool:
+        """Forget a block; whether it is this one that puts back what was live before."""
+        with self._lock:
             at = self._blocks.index(block)
             later = self._blocks[at + 1 :]
             del self._blocks[at]
             if later:
                 later[0].before = block.before
-            elif self._ledger.live is not block.before:
-                self._ledger.commit(block.before)
+            return not later
 
     def _verify(self) -> int:
         with self._lock:

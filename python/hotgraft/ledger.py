@@ -104,6 +104,7 @@ class Ledger:
             watch.check_in_place()
             watch.check_unwritten(self._versions)
         if not changes:
+            self.live = target  # the same bits, though the names may come in another order
             return
         # An interrupt may come between any two lines.
         self._pending = target
