@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import factories
@@ -43,6 +44,10 @@ def removed(model: nn.Module) -> None:
     del model.first.weight
 
 
+def new_module(model: nn.Module) -> None:
+    model.first = copy.deepcopy(model.first)
+
+
 def set_to_none(model: nn.Module) -> None:
     model.first.bias = None
 
@@ -61,7 +66,16 @@ def freed(model: nn.Module) -> None:
 
 
 WRITES = [optimiser_step, load_state_dict, in_place, buffer_in_place]
-MOVES = [data_swap, new_parameter, removed, set_to_none, converted, converted_and_back, freed]
+MOVES = [
+    data_swap,
+    new_parameter,
+    removed,
+    new_module,
+    set_to_none,
+    converted,
+    converted_and_back,
+    freed,
+]
 
 
 @pytest.mark.parametrize("live", [(), ("a",)], ids=["base", "live"])
@@ -101,6 +115,20 @@ def test_messages_name_the_tensor_and_what_to_do() -> None:
     data_swap(shop.model)
     with pytest.raises(HostChangedError, match=r"'first.weight' was moved .*attach again"):
         shop.host.activate("a")
+
+
+def test_a_replaced_module_is_named() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+    host = attach(model)
+    host.load(single("0.0.weight", model[0][0].weight, [1], [2.0]), name="deep")
+    host.load(single("1.weight", model[1].weight, [1], [2.0]), name="flat")
+    model[0][1] = nn.Tanh()  # holds nothing that is grafted
+    host.activate("deep")
+    model[0] = nn.Sequential(model[0][0])
+    for call in (host.deactivate, host.verify):
+        with pytest.raises(HostChangedError, match="the module '0' was replaced by another"):
+            call()
+    host.unload("flat")
 
 
 def test_verify_lets_harmless_writes_pass() -> None:

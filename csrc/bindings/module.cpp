@@ -69,6 +69,22 @@ py::array empty_bits(py::ssize_t item_size, std::int64_t n) {
                      std::vector<py::ssize_t>{static_cast<py::ssize_t>(n)});
 }
 
+// The first i where owners[i] no longer maps keys[i] to the very object values[i]; -1 if none.
+py::ssize_t first_replaced(const py::tuple& owners, const py::tuple& keys,
+                           const py::tuple& values) {
+    const py::ssize_t n = PyTuple_GET_SIZE(owners.ptr());
+    require(PyTuple_GET_SIZE(keys.ptr()) == n && PyTuple_GET_SIZE(values.ptr()) == n,
+            "owners, keys and values must be as many");
+    for (py::ssize_t i = 0; i < n; ++i) {
+        PyObject* owner = PyTuple_GET_ITEM(owners.ptr(), i);
+        require(PyDict_Check(owner), "owners must be dicts");
+        PyObject* found = PyDict_GetItemWithError(owner, PyTuple_GET_ITEM(keys.ptr(), i));
+        if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        if (found != PyTuple_GET_ITEM(values.ptr(), i)) return i;
+    }
+    return -1;
+}
+
 // Owns what a table points to. Made once when a plan is made, used at every commit.
 class Table {
   public:
@@ -306,6 +322,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("round", &round_values, py::arg("from_type"), py::arg("values"), py::arg("to_type"));
     m.def(
         "rouse", [](int workers) { cpu::rouse(workers_or_all(workers)); }, py::arg("workers") = 0);
+    m.def("first_replaced", &first_replaced, py::arg("owners"), py::arg("keys"), py::arg("values"));
     m.def("max_workers", &cpu::max_workers);
     m.def(
         "isa_runs_here",

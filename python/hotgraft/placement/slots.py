@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,16 @@ Regions = list[tuple[int, int, bool]]
 """(begin, end, writable) of the mappings of a process's memory, ascending."""
 
 
+class Edge(NamedTuple):
+    """Where in a model a module hangs."""
+
+    owner: dict[str, Any]
+    """The parent's `_modules`."""
+    key: str
+    module: torch.nn.Module
+    name: str
+
+
 class Place(NamedTuple):
     """Where in a model a tensor hangs."""
 
@@ -30,6 +41,8 @@ class Place(NamedTuple):
     """What should go on hanging there."""
     cell: int
     """Its number among the host's places."""
+    path: tuple[Edge, ...]
+    """How the root leads to the owning module."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,21 +85,32 @@ def find_slots(model: torch.nn.Module) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     first: dict[object, Slot] = {}
     families: dict[object, list[Place]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module, path in _modules(model):
         transient = module._non_persistent_buffers_set
         for owner, skipped in ((module._parameters, set()), (module._buffers, transient)):
             for key, tensor in owner.items():
                 if tensor is None or key in skipped:
                     continue
-                name = plain_name(f"{prefix}.{key}" if prefix else key)
+                name = plain_name(prefix + key)
                 storage, view = _identity(tensor)
                 family = families.setdefault(storage, [])
                 slot = first.setdefault((storage, view), Slot(name, tensor, [], family))
-                slot.places.append(Place(owner, key, tensor, len(slots)))
+                slot.places.append(Place(owner, key, tensor, len(slots), path))
                 family.append(slot.places[-1])
                 slots[name] = slot
     _find_homes([slot for slot in first.values() if _is_dense(slot.tensor)])
     return slots
+
+
+def _modules(
+    module: torch.nn.Module, prefix: str = "", path: tuple[Edge, ...] = ()
+) -> Iterator[tuple[str, torch.nn.Module, tuple[Edge, ...]]]:
+    """Every module below one, under every name, and the way there."""
+    yield prefix, module, path
+    for key, child in module._modules.items():
+        if child is not None:
+            edge = Edge(module._modules, key, child, prefix + key)
+            yield from _modules(child, f"{prefix}{key}.", (*path, edge))
 
 
 def _find_homes(slots: list[Slot]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hotgraft._native import first_replaced
 from hotgraft.errors import HostChangedError
 from hotgraft.placement.slots import Slot
 
@@ -32,9 +33,11 @@ class Watch:
     def __init__(self, slots: Sequence[Slot]) -> None:
         views = [view for slot in slots for view in slot.views]
         self._places = tuple((view, place) for view in views for place in view.places)
-        self._owners = tuple(place.owner for _, place in self._places)
-        self._keys = tuple(place.key for _, place in self._places)
         self._tensors = tuple(place.tensor for _, place in self._places)
+        ways = {(id(e.owner), e.key): e for _, place in self._places for e in place.path}
+        self._modules = tuple(edge.name for edge in ways.values())
+        hung = [place[:3] for _, place in self._places] + [edge[:3] for edge in ways.values()]
+        self._hung = tuple(zip(*hung, strict=True))  # owners, keys and what hangs there
         self._addresses = list(map(_address, self._tensors))
         # As long as it is held, memory is not given to another tensor: equal addresses prove that
         # nothing moved.
@@ -48,12 +51,18 @@ class Watch:
         self._alone = len(family) == len(slots)  # each counter is one tensor's
 
     def check_in_place(self) -> None:
-        """Raises `HostChangedError` if a tensor was replaced or its storage moved."""
-        if not all(map(is_, map(dict.get, self._owners, self._keys), self._tensors)):
-            slot = next(s for s, p in self._places if p.owner.get(p.key) is not p.tensor)
+        """Raises `HostChangedError` if a tensor or module was replaced or a storage moved."""
+        at = first_replaced(*self._hung)
+        if at >= 0:
+            n = len(self._places)
+            what = (
+                f"parameter {self._places[at][0].name!r}"
+                if at < n
+                else f"module {self._modules[at - n]!r}"
+            )
             raise HostChangedError(
-                f"the parameter {slot.name!r} was replaced by another object since the host was "
-                "attached; detach(force=True) and attach again"
+                f"the {what} was replaced by another object since the host was attached; "
+                "detach(force=True) and attach again"
             )
         if list(map(_address, self._tensors)) != self._addresses:
             moved = zip(self._places, self._addresses, strict=True)
