@@ -194,6 +194,69 @@ def test_names_is_checked() -> None:
     assert not host.skills
 
 
+def test_keys_of_names_that_the_graft_lacks_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    graft = diff(contents(model), tuned(model))
+    with pytest.raises(CoverageError, match=r"maps '0.wieght', which the graft lacks.*'0.weight'"):
+        attach(model).load(graft, names={"0.wieght": "1.weight"})
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.body = nn.Linear(4, 4)
+
+
+class Wrapper(nn.Module):
+    """Has a tensor of its own that is called as one of its encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Half()
+        self.proj = nn.Linear(4, 4)
+        self.proj.load_state_dict(self.encoder.proj.state_dict())
+
+
+def test_a_prefix_that_some_names_need_and_others_fit_too_is_ambiguous() -> None:
+    model = Wrapper()
+    new = tuned(model.encoder)
+    graft = diff(contents(model.encoder), new)
+    host = attach(model)
+    with pytest.raises(
+        CoverageError,
+        match=r"'proj.bias' may be 'proj.bias' or 'encoder.proj.bias' .*'body.bias' is found as "
+        r"'encoder.body.bias' only.*names=",
+    ):
+        host.load(graft)
+    host.load(graft, name="a", names="encoder.{}".format)
+    host.activate("a")
+    assert holds(model.encoder, new)
+    host.detach(force=True)
+    inner = attach(model.encoder)  # and the other way round, a prefix to drop
+    prefixed = diff({f"encoder.{k}": v for k, v in contents(model.encoder).items()},
+                    {f"encoder.{k}": v for k, v in tuned(model.encoder, 2).items()})  # fmt: skip
+    inner.load(prefixed)
+
+
+def test_one_block_is_not_the_model() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            block = nn.ModuleDict({"norm": nn.LayerNorm(4), "mlp": nn.Sequential(nn.Linear(4, 4))})
+            self.layers = nn.ModuleList([block])
+
+    model = Model()
+    norm = model.layers[0]["norm"].weight
+    host = attach(model)
+    with pytest.raises(CoverageError, match=r"lacks 'norm.weight'; .*'layers.0.norm.weight'"):
+        host.load(single("norm.weight", norm, [1], [2.0]))
+    bare = attach(nn.ModuleDict({"norm": nn.LayerNorm(4)}))
+    with pytest.raises(CoverageError, match=r"lacks 'layers.0.norm.weight'"):
+        bare.load(single("layers.0.norm.weight", norm, [1], [2.0]))
+    host.load(single("mlp.0.bias", model.layers[0]["mlp"][0].bias, [1], [2.0]), name="a")
+
+
 def test_unknown_names_show_the_nearest() -> None:
     model = BertModel(BertConfig(**TINY))
     host = attach(model)

@@ -17,7 +17,7 @@ Names = Mapping[str, str] | Callable[[str], str]
 """`names=`: the host's name for a graft's name, as a mapping or a function."""
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
 def resolve_names(
@@ -30,14 +30,23 @@ def resolve_names(
 
     Tried in turn: what `names` says; the same name; one prefix added to or taken from all names
     (`encoder.` against `bert.encoder.`), if exactly one fits; the tensor that a missing tied one is
-    tied to.
+    tied to. A prefix with a number in it (`layers.0.`) counts only where a number follows too: one
+    block's `norm.weight` is not the model's.
 
     Raises:
-        CoverageError: several prefixes fit, or `names` points to nothing.
+        CoverageError: several prefixes fit; one is needed that fits names found without it too; or
+            `names` names nothing, here or there.
         LayoutError: the module stores the tensor in another layout (fused experts).
     """
     wanted = list(wanted)
+    unknown = [] if names is None or callable(names) else [n for n in names if n not in wanted]
+    if unknown:
+        raise CoverageError(
+            f"names maps {sample(unknown)}, which the graft lacks; the nearest name it has to "
+            f"{unknown[0]!r} is {_nearest(unknown[0], wanted)!r}"
+        )
     found: dict[str, str] = {}
+    same: list[str] = []
     for name in wanted:
         target = names(name) if callable(names) else (names or {}).get(name)
         if target is not None and target not in slots:
@@ -45,8 +54,11 @@ def resolve_names(
                 f"names maps {name!r} to {target!r}, which the host lacks; the nearest name it has "
                 f"is {_nearest(target, slots)!r}"
             )
-        if target is not None or plain_name(name) in slots:
-            found[name] = plain_name(name) if target is None else target
+        if target is not None:
+            found[name] = target
+        elif plain_name(name) in slots:
+            found[name] = plain_name(name)
+            same.append(name)
     rest = {name: plain_name(name) for name in wanted if name not in found}
     for name in rest:
         _refuse_fused(name, slots)
@@ -58,6 +70,14 @@ def resolve_names(
             target = next((c for c in candidates if c in slots), None)
             if target is not None:
                 found[name] = target
+        renamed = [name for name, plain in rest.items() if found.get(name) == rename(plain)]
+        for name in same if renamed else ():
+            other = rename(found[name])
+            if other != found[name] and other in slots:
+                raise CoverageError(
+                    f"{name!r} may be {found[name]!r} or {other!r} in the host, for {renamed[0]!r} "
+                    f"is found as {found[renamed[0]]!r} only; say which with names="
+                )
     return found, [name for name in wanted if name not in found]
 
 
@@ -71,8 +91,8 @@ def missing_message(missing: list[str], slots: Mapping[str, Slot]) -> str:
     )
 
 
-def _nearest(name: str, slots: Mapping[str, Slot]) -> str:
-    return difflib.get_close_matches(name, slots, n=1, cutoff=0.0)[0]
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def _ties(model: torch.nn.Module) -> dict[str, str]:
@@ -109,9 +129,10 @@ def _one_prefix(names: list[str], slots: Mapping[str, Slot]) -> Callable[[str], 
 
 
 def _splits(name: str) -> list[tuple[str, str]]:
-    """Every way to cut a name after one of its dots."""
+    """Every way to cut a name after one of its dots, but for cuts after its last number."""
     cuts = [at + 1 for at, letter in enumerate(name) if letter == "."]
-    return [(name[:cut], name[cut:]) for cut in cuts]
+    pairs = [(name[:cut], name[cut:]) for cut in cuts]
+    return [(a, b) for a, b in pairs if not _NUMBER.search(a) or _NUMBER.search(b)]
 
 
 def _refuse_fused(name: str, slots: Mapping[str, Slot]) -> None:
