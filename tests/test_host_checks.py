@@ -127,6 +127,26 @@ def test_verify_checks_the_whole_base_where_its_id_is_known() -> None:
     assert shop.is_base()
 
 
+@pytest.mark.parametrize("name", ["0.weight", "1.weight", "1.bias"])
+def test_verify_finds_writes_that_torch_does_not_count(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    host = attach(model, base_id=fingerprint(model))
+    host.load(single("0.weight", model[0].weight, [1], [2.0]), name="a")
+    host.activate("a")
+    host.verify()
+    data = model.get_parameter(name).data.view(-1)
+    before = data[3].item()
+    data[3] = 5.0
+    with pytest.raises(HostChangedError, match=r"base's id is now"):
+        host.verify()
+    data[3] = before
+    host.verify()
+    model[1] = nn.Linear(4, 4)  # no skill writes to it
+    host.deactivate()
+    with pytest.raises(HostChangedError, match=r"module '1' was replaced"):
+        host.verify()
+
+
 def test_adopt_takes_what_is_live_for_the_base() -> None:
     shop = Workshop(base_id="base")
     at = next(i for i in range(30) if i not in shop.a["first.weight"].indices)

@@ -17,7 +17,7 @@ from hotgraft.errors import BaseMismatchError, HostChangedError
 from hotgraft.format import Bits
 from hotgraft.gate import untraced
 from hotgraft.kernels import Backend
-from hotgraft.placement import Plan, Slot, Watch, expected_bits
+from hotgraft.placement import Plan, Slot, Watch, Wiring, expected_bits
 from hotgraft.weights import fingerprint
 
 
@@ -159,7 +159,7 @@ class Ledger:
     # ---- checking ------------------------------------------------------------------------------
 
     def verify(self, plans: Mapping[str, Plan], base_id: str | None) -> int:
-        """Check the live set, every plan's base bits and, where need be, the whole base.
+        """Check the live set, every plan's base bits and, where its id is known, the whole base.
 
         Args:
             plans: for each label (for messages) the plan of a skill.
@@ -178,7 +178,7 @@ class Ledger:
                 self.check_base(plan, label)
         except BaseMismatchError as error:
             raise HostChangedError(f"somebody wrote to the weights: {error}") from error
-        if base_id is not None and any(map(self._was_written, plans.values())):
+        if base_id is not None:
             self._check_whole_base(base_id)
         self.trust(plans.values())
         return sum(plan.graft.nnz for plan in (live, *plans.values()) if plan is not None)
@@ -197,27 +197,9 @@ class Ledger:
         plan.watch.check_in_place()
         return not any(self._backend.compare(x.table, x.old)[0] for x in plan.launches)
 
-    def _was_written(self, plan: Plan) -> bool:
-        try:
-            plan.watch.check_unwritten(self._versions)
-        except HostChangedError:
-            return True
-        return False
-
     def _check_whole_base(self, base_id: str) -> None:
-        state = {slot.name: slot.tensor.detach() for slot in self._slots.values()}
-        live = self.live.plan
-        if live is not None:
-            for name in live.graft.names:
-                home, entries = self._slots[name], live.graft[name]
-                copy = home.tensor.detach().clone(memory_format=torch.contiguous_format)
-                copy.view(-1)[entries.indices] = entries.old
-                state[name] = copy
-                for view in home.views[1:]:
-                    distance = view.tensor.data_ptr() - home.tensor.data_ptr()
-                    offset = distance // copy.element_size()
-                    state[view.name] = copy.as_strided(view.shape, view.tensor.stride(), offset)
-        found = fingerprint(state)
+        Wiring(dict.fromkeys(self._slots.values())).check()
+        found = fingerprint(_Base(self._slots, self.live.plan))
         if found != base_id:
             raise HostChangedError(
                 f"the base's id is now {found}, not {base_id}: weights outside the skills were "
@@ -236,6 +218,27 @@ class Ledger:
                     f"{name!r}, position {position}: found bits {int(held[first]):#x}, wanted "
                     f"{int(values[first]):#x}"
                 )
+
+
+class _Base(dict[str, torch.Tensor]):
+    """A host's tensors by name; read one by one, they hold the base's bits instead of live ones."""
+
+    def __init__(self, slots: Mapping[str, Slot], live: Plan | None) -> None:
+        super().__init__({slot.name: slot.tensor.detach() for slot in slots.values()})
+        self._slots = slots
+        self._live = live
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        slot = self._slots[name]
+        if self._live is None or slot.home.name not in self._live.graft.names:
+            return super().__getitem__(name)
+        home, entries = slot.home.tensor.detach(), self._live.graft[slot.home.name]
+        copy = home.clone(memory_format=torch.contiguous_format)
+        copy.view(-1)[entries.indices] = entries.old
+        if slot.home is slot:
+            return copy
+        offset = (slot.tensor.data_ptr() - home.data_ptr()) // copy.element_size()
+        return copy.as_strided(slot.shape, slot.tensor.stride(), offset)
 
 
 def _watches(*states: LiveSet) -> list[Watch]:

@@ -5,13 +5,14 @@ from hotgraft.placement.names import Names
 from hotgraft.placement.overlay import expected_bits
 from hotgraft.placement.plain import Plan, compile_plan
 from hotgraft.placement.slots import Slot, find_slots
-from hotgraft.placement.watch import Watch
+from hotgraft.placement.watch import Watch, Wiring
 
 __all__ = [
     "Names",
     "Plan",
     "Slot",
     "Watch",
+    "Wiring",
     "compile_plan",
     "expected_bits",
     "find_slots",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from weakref import WeakValueDictionary
 
@@ -21,6 +21,34 @@ _version = attrgetter("_version")
 _address = torch.Tensor.data_ptr
 
 
+class Wiring:
+    """The objects that should hang in the model: some slots' tensors, and the modules above them.
+
+    Args:
+        slots: the parameters and buffers.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        places = [(slot.name, place) for slot in slots for place in slot.places]
+        ways = {(id(e.owner), e.key): e for _, place in places for e in place.path}
+        self._names = tuple(name for name, _ in places), tuple(e.name for e in ways.values())
+        hung = [(place.owner, place.key, place.tensor) for _, place in places]
+        over = [(edge.owner, edge.key, edge.module) for edge in ways.values()]
+        self._owners, self._keys, self._objects = zip(*hung, *over, strict=True)
+
+    def check(self) -> None:
+        """Raises `HostChangedError` if one was replaced."""
+        at = first_replaced(self._owners, self._keys, self._objects)
+        if at >= 0:
+            tensors, modules = self._names
+            n = len(tensors)
+            what = f"parameter {tensors[at]!r}" if at < n else f"module {modules[at - n]!r}"
+            raise HostChangedError(
+                f"the {what} was replaced by another object since the host was attached; "
+                "detach(force=True) and attach again"
+            )
+
+
 class Watch:
     """The tensors that a plan writes.
 
@@ -34,10 +62,7 @@ class Watch:
         views = [view for slot in slots for view in slot.views]
         self._places = tuple((view, place) for view in views for place in view.places)
         self._tensors = tuple(place.tensor for _, place in self._places)
-        ways = {(id(e.owner), e.key): e for _, place in self._places for e in place.path}
-        self._modules = tuple(edge.name for edge in ways.values())
-        hung = [place[:3] for _, place in self._places] + [edge[:3] for edge in ways.values()]
-        self._hung = tuple(zip(*hung, strict=True))  # owners, keys and what hangs there
+        self._wiring = Wiring(views)
         self._addresses = list(map(_address, self._tensors))
         # As long as it is held, memory is not given to another tensor: equal addresses prove that
         # nothing moved.
@@ -52,18 +77,7 @@ class Watch:
 
     def check_in_place(self) -> None:
         """Raises `HostChangedError` if a tensor or module was replaced or a storage moved."""
-        at = first_replaced(*self._hung)
-        if at >= 0:
-            n = len(self._places)
-            what = (
-                f"parameter {self._places[at][0].name!r}"
-                if at < n
-                else f"module {self._modules[at - n]!r}"
-            )
-            raise HostChangedError(
-                f"the {what} was replaced by another object since the host was attached; "
-                "detach(force=True) and attach again"
-            )
+        self._wiring.check()
         if list(map(_address, self._tensors)) != self._addresses:
             moved = zip(self._places, self._addresses, strict=True)
             slot = next(s for (s, p), address in moved if p.tensor.data_ptr() != address)
