@@ -158,6 +158,25 @@ def test_a_file_that_is_no_graft_is_one_line_and_status_1(command: str) -> None:
     assert found["error"]["kind"] == "FormatError"
 
 
+def test_hostile_text_does_not_reach_the_terminal() -> None:
+    hostile = "\x1b]0;owned\x07\x1b[2J\u202eolleh"
+    for change in ({"scope": hostile}, {"format": hostile}, {"note": hostile}):
+        path = str(damaged(dict(change)))
+        accepted = "note" in change
+        said = run("inspect", path, status=0 if accepted else 1)
+        assert said.replace("\n", "").isprintable()
+        assert "\\x1b" in said
+    assert run_json("inspect", path)["metadata"]["note"] == hostile
+    name = "\x1b[2J.graft.safetensors"
+    shutil.copy("few.graft.safetensors", name)
+    for command in (
+        ("inspect", name),
+        ("verify", name),
+        ("overlap", name, "few.graft.safetensors"),
+    ):
+        assert run(*command).replace("\n", "").isprintable()
+
+
 def damaged(change: dict[str, str | None]) -> Path:
     """A graft file whose metadata was changed (None: taken away)."""
     with safe_open("all.graft.safetensors", "pt") as file:
@@ -170,12 +189,12 @@ def damaged(change: dict[str, str | None]) -> Path:
     ("change", "complaint"),
     [
         ({"version": "2"}, "graft format version '2'"),
-        ({"table": None}, "table is malformed"),
+        ({"table": None}, "the metadata lacks 'table'"),
         ({"table": "[["}, "table is malformed"),
-        ({"eligible": None}, "the metadata lacks eligible"),
-        ({"eligible": "-5"}, "'-5' eligible elements cannot be"),
-        ({"eligible": "1"}, "'1' eligible elements cannot be"),
-        ({"eligible": "many"}, "'many' eligible elements cannot be"),
+        ({"eligible": None}, "the metadata lacks 'eligible'"),
+        ({"eligible": "-5"}, "eligible is '-5', not a count"),
+        ({"eligible": "1"}, "1 eligible elements cannot be"),
+        ({"eligible": "many"}, "eligible is 'many', not a count"),
     ],
 )
 def test_inspect_checks_the_metadata(change: dict[str, str | None], complaint: str) -> None:
@@ -187,8 +206,8 @@ def test_inspect_checks_the_metadata(change: dict[str, str | None], complaint: s
 @pytest.mark.parametrize(
     ("dtype", "positions", "complaint"),
     [
-        ("F32", torch.tensor([[1, 2]], dtype=torch.int32), "wanted a flat torch.int32"),
-        ("F32", torch.tensor([1, 2]), "wanted a flat torch.int32"),
+        ("F32", torch.tensor([[1, 2]], dtype=torch.int32), "wanted a flat I32"),
+        ("F32", torch.tensor([1, 2]), "wanted a flat I32"),
         ("F32", torch.tensor([2, 1], dtype=torch.int32), "must ascend"),
         ("F32", torch.tensor([1, 99], dtype=torch.int32), "outside [0, 4)"),
         ("F99", torch.tensor([1, 2], dtype=torch.int32), "unknown dtype 'F99'"),

@@ -11,10 +11,9 @@ import hotgraft
 import pytest
 import torch
 from factories import graft_on, state, tensor
-from hostile import HOSTILE, good_file, good_graft, header, join, metadata, raw, split
-from hotgraft import Entries, Graft, Provenance
-from hotgraft import format as file_format
-from hotgraft.errors import FormatError
+from hostile import HOSTILE, good_file, good_graft, header, join, metadata, put, raw, split
+from hotgraft import Entries, Graft, Provenance, files
+from hotgraft.errors import FormatError, GraftError
 from hotgraft.format import DTYPES, Group
 from hotgraft.graft import bits
 from hypothesis import given
@@ -89,14 +88,57 @@ def test_blocks_beyond_two_to_the_31_come_back(tmp_path):
     assert row[3].tolist() == [2**31]
 
 
-@pytest.mark.parametrize(
-    "name", ["", "a b", 'quote " and \\', "é漢", "𝄞", "\x00", "\ud800", "x" * 9999]
-)
+@pytest.mark.parametrize("name", ["", "a b", 'quote " and \\', "é漢", "𝄞", "x" * 9999])
 def test_names_of_any_kind_come_back(name, tmp_path):
     graft = Graft.from_entries({name: Entries([0], torch.ones(1), torch.zeros(1), (1,))})
     graft.save(tmp_path / NAME)
     assert Graft.load(tmp_path / NAME).names == (name,)
     assert reader()(tmp_path / NAME)[0] == graft.id
+
+
+HOSTILE_TEXT = ["\x00", "\n", "\x1b[2Jw", "\x7f", "\x9b", "\ud800"]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXT)
+def test_text_that_could_not_be_shown_is_refused(text, tmp_path):
+    with pytest.raises(
+        GraftError, match=r"name .* is not text without control characters"
+    ) as error:
+        Graft.from_entries({text: Entries([0], torch.ones(1), torch.zeros(1), (1,))})
+    assert str(error.value).isprintable()
+    for part in ("scope", "method", "creator", "base_id"):
+        with pytest.raises(GraftError, match=f"the {part} '.*' is not text without control"):
+            Provenance(**{part: text})
+        (tmp_path / NAME).write_bytes(metadata(**{part: text})(good_file(tmp_path)))
+        with pytest.raises(FormatError):
+            Graft.load(tmp_path / NAME)
+    (tmp_path / NAME).write_bytes(put(0, 0, text)(good_file(tmp_path)))
+    with pytest.raises(FormatError, match="is not text without control characters"):
+        Graft.load(tmp_path / NAME)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"scope": None}, {"method": 3}, {"base_id": 7}, {"creator": b"me"}, {"eligible": -1},
+     {"eligible": 2.0}, {"eligible": True}],
+)  # fmt: skip
+def test_provenance_is_checked_when_made(wrong):
+    with pytest.raises(GraftError, match=f"{next(iter(wrong))} .* (is )?not (text|a count)"):
+        Provenance(**wrong)
+
+
+def test_what_is_no_graft_is_not_read_whole(tmp_path):
+    head = {"x": {"dtype": "U8", "shape": [2**45], "data_offsets": [0, 2**45]}}
+    for start in (join(head, b""), join(head | {"__metadata__": {"format": "pt"}}, b"")):
+        (tmp_path / NAME).write_bytes(start)
+        os.truncate(tmp_path / NAME, len(start) + 2**40)  # 1 TiB, all of it a hole
+        with pytest.raises(FormatError, match="a safetensors file, but not a graft"):
+            Graft.load(tmp_path / NAME)
+    for start in (b"", b"\xff" * 64, pickle.dumps("weights")):
+        (tmp_path / NAME).write_bytes(start)
+        os.truncate(tmp_path / NAME, 2**40)
+        with pytest.raises(FormatError, match="not a safetensors file"):
+            Graft.load(tmp_path / NAME)
 
 
 def test_provenance_comes_back(tmp_path):
@@ -214,7 +256,7 @@ def test_a_file_rewritten_in_place_while_it_is_loaded(change, message, tmp_path,
         return before
 
     with monkeypatch.context() as patch:
-        patch.setattr(file_format.os, "fstat", rewrite)
+        patch.setattr(files.os, "fstat", rewrite)
         with pytest.raises(FormatError, match=message):
             Graft.load(path)
 
@@ -240,7 +282,7 @@ def test_a_crash_while_writing_leaves_the_old_file(step, error, tmp_path, monkey
         raise error("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"hotgraft.format.{step}", crash)
+        patch.setattr(f"hotgraft.files.{step}", crash)
         with pytest.raises(error, match="the disk is full"):
             good_graft().save(path)
     assert path.read_bytes() == b"old"
@@ -259,7 +301,7 @@ def test_half_a_file_is_never_seen(tmp_path, monkeypatch):
         seen.append(target)
         replace(source, target)
 
-    monkeypatch.setattr("hotgraft.format.os.replace", watched)
+    monkeypatch.setattr("hotgraft.files.os.replace", watched)
     good_graft().save(tmp_path / NAME)
     assert seen == [tmp_path / NAME]
     assert os.listdir(tmp_path) == [NAME]

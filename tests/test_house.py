@@ -32,6 +32,7 @@ def shown(path: Path) -> str:
 LAYERS = [
     {"errors", "_native"},
     {"format"},
+    {"files"},
     {"graft"},
     {"kernels"},
     {"weights"},

@@ -28,7 +28,7 @@ from hotgraft.arguments import (
     scopes,
     weights_for,
 )
-from hotgraft.console import Output, number, percent, size
+from hotgraft.console import Output, number, percent, printable, size
 
 if TYPE_CHECKING:
     from hotgraft.graft import Graft
@@ -99,7 +99,7 @@ def _base_id(output: Output, base: Path) -> str:
     from hotgraft.weights import fingerprint
 
     with output.bars() as bars:
-        bars.add_task(f"hashing {base.name}", total=None)
+        bars.add_task(printable(f"hashing {base.name}"), total=None)
         return fingerprint(base)
 
 

@@ -66,11 +66,11 @@ class Output:
     def say(self, sentence: str) -> None:
         """Print a line for people: left out under `--json`."""
         if not self.as_json:
-            self.console.print(Text(sentence), soft_wrap=True)
+            self.console.print(_text(sentence), soft_wrap=True)
 
     def note(self, sentence: str) -> None:
         """Print a line to standard error."""
-        self._errors.print(Text(" ".join(sentence.split())), soft_wrap=True)
+        self._errors.print(_text(" ".join(sentence.split())), soft_wrap=True)
 
     def table(
         self,
@@ -84,12 +84,14 @@ class Output:
         if self.as_json:
             return
         if title is not None:
-            self.console.print(Text(title, style="bold"), soft_wrap=True)
+            self.console.print(_text(title, "bold"), soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i < words else "right", overflow="fold")
+            table.add_column(
+                _text(column), justify="left" if i < words else "right", overflow="fold"
+            )
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(_text, row))
         self.console.print(table)
 
     def facts(self, facts: dict[str, str]) -> None:
@@ -98,13 +100,17 @@ class Output:
             return
         width = max(map(len, facts))
         for name, value in facts.items():
-            line = Text.assemble((name.ljust(width), "dim"), "  ", value)
+            line = Text.assemble(_text(name.ljust(width), "dim"), "  ", _text(value))
             self.console.print(line, soft_wrap=True)
 
     @contextlib.contextmanager
     def bars(self) -> Iterator[Progress]:
         """Progress bars on standard error, gone when done, and not there without a terminal."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+        )
         with Progress(
             *columns,
             TimeRemainingColumn(),
@@ -118,13 +124,29 @@ class Output:
     def bar(self, description: str) -> Iterator[Callable[[int, int], None]]:
         """One progress bar, as the callback (done, total) that the library's functions take."""
         with self.bars() as progress:
-            task = progress.add_task(description, total=None)
+            task = progress.add_task(printable(description), total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _console(stream: Any) -> Console:
     """A console on a stream that writes a file as wide as its tables need."""
     return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text in which a terminal finds nothing to obey: what cannot be printed is escaped.
+
+    Example:
+        >>> printable("é \\x1b[2J\\ud800") == "é " + r"\\x1b[2J\\ud800"
+        True
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 def describe(error: BaseException) -> str:

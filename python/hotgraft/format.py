@@ -1,8 +1,6 @@
-"""The file `*.graft.safetensors`, version 1, and what every row and array in it must satisfy.
+"""What a graft is made of, and what every row and array of it must satisfy.
 
-`docs/format.md` is the specification. A file is read whole into private memory, then parsed and
-checked there, so a file that is rewritten or cut short meanwhile can fail a check but cannot
-change what was checked. safetensors reads the header; nothing here unpickles.
+`docs/format.md` is the specification; `files` reads and writes it.
 """
 
 from __future__ import annotations
@@ -10,20 +8,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import torch
 
-from hotgraft.errors import FormatError, GraftError
+from hotgraft.errors import GraftError
 
 FORMAT = "hotgraft"
 VERSION = 1
@@ -131,6 +126,23 @@ class Provenance:
     creator: str = ""
     """Name and version of the program that made it."""
 
+    def __post_init__(self) -> None:
+        """Raises `GraftError` for what a file could not hold."""
+        if type(self.eligible) is not int or self.eligible < 0:
+            raise GraftError(f"eligible is {self.eligible!r}, not a count")
+        for part in ("scope", "method", "creator", "base_id"):
+            if part != "base_id" or self.base_id is not None:
+                _check_text(part, getattr(self, part))
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _check_text(what: str, text: object) -> None:
+    """Refuse what is no text, or could not be written or shown: control characters, surrogates."""
+    if not isinstance(text, str) or _CONTROL.search(text):
+        raise GraftError(f"the {what} {text!a} is not text without control characters")
+
 
 def creator() -> str:
     """This package's name and version."""
@@ -193,6 +205,7 @@ def validate(rows: Sequence[Row], groups: Mapping[str, Group]) -> None:
 
 
 def _validate_row(row: Row, before: Row | None, groups: Mapping[str, Group], filled: int) -> None:
+    _check_text("name", row.name)
     if row.dtype not in DTYPES:
         raise GraftError(
             f"{row.name!r}: unknown dtype {row.dtype!r}; known are {', '.join(DTYPES)}"
@@ -264,202 +277,16 @@ def content_id(rows: Sequence[Row], groups: Mapping[str, Group]) -> str:
     `docs/format.md` gives the bytes that are hashed. No metadata takes part.
     """
     digest = hashlib.sha256(b"hotgraft graft 1\n")
-    digest.update(_table(rows).encode())
+    digest.update(table_text(rows).encode())
     for name in sorted(groups):
         for array in groups[name]:
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def _table(rows: Sequence[Row]) -> str:
+def table_text(rows: Sequence[Row]) -> str:
+    """The rows as a file's metadata holds them."""
     return json.dumps(
         [[r.name, list(r.shape), r.dtype, r.block, r.first, r.count] for r in rows],
         separators=(",", ":"),
     )
-
-
-# ---- the file ---------------------------------------------------------------------------------
-
-
-def write(
-    path: str | os.PathLike[str],
-    rows: Sequence[Row],
-    groups: Mapping[str, Group],
-    provenance: Provenance,
-    graft_id: str,
-) -> None:
-    """Write a graft file: to a temporary file in the same folder, flushed, then renamed.
-
-    A reader sees the old file or the new one, whole.
-
-    Raises:
-        OSError: the folder is missing or cannot be written.
-    """
-    target = Path(path)
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "id": graft_id,
-        "scope": provenance.scope,
-        "eligible": str(provenance.eligible),
-        "density": repr(sum(r.count for r in rows) / provenance.eligible),
-        "method": provenance.method,
-        "creator": provenance.creator,
-        "table": _table(rows),
-    }
-    if provenance.base_id is not None:
-        metadata["base_id"] = provenance.base_id
-    arrays = {
-        f"{name}.{part}": (array, kind)
-        for name, group in groups.items()
-        for part, array, kind in zip(Group._fields, group, ("I32", name, name), strict=True)
-    }
-    # The largest items first, so that all are aligned; in one order, so that a graft has one file.
-    order = sorted(arrays, key=lambda name: (-arrays[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in order:
-        array, kind = arrays[name]
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": kind, "shape": [len(array)], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(arrays[name][0].data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read(
-    path: str | os.PathLike[str],
-) -> tuple[tuple[Row, ...], dict[str, Group], Provenance, str]:
-    """Read and check a graft file: its rows, arrays, provenance and id.
-
-    The arrays are private memory; the stored id is checked against the contents.
-
-    Raises:
-        FormatError: naming the file and what is wrong with it.
-        OSError: the file cannot be read.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read()
-    if len(data) != size:
-        raise FormatError(
-            f"{path}: its size went from {size} to {len(data)} bytes while it was read"
-        )
-    try:
-        tensors = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not a safetensors file: {error}") from error
-    del data
-    metadata = header.get("__metadata__") or {}
-    if metadata.get("format") != FORMAT:
-        raise FormatError(
-            f"{path}: a safetensors file, but not a graft (format {metadata.get('format')!r}, "
-            f"wanted {FORMAT!r}); hotgraft.diff makes grafts from two checkpoints"
-        )
-    if metadata.get("version") != str(VERSION):
-        raise FormatError(
-            f"{path}: graft format version {metadata.get('version')!r}; this is {creator()}, which "
-            f"reads version {VERSION}"
-        )
-    try:
-        rows = _parse_table(metadata["table"])
-        groups = _parse_groups(tensors)
-        validate(rows, groups)
-        if not metadata["eligible"].isdecimal():
-            raise GraftError(f"eligible is {metadata['eligible']!r}, not a count")
-        eligible = int(metadata["eligible"])
-        check_eligible(eligible, rows)
-        provenance = Provenance(
-            base_id=metadata.get("base_id"),
-            scope=metadata["scope"],
-            eligible=eligible,
-            method=metadata["method"],
-            creator=metadata["creator"],
-        )
-    except KeyError as error:
-        raise FormatError(f"{path}: the metadata lacks {error}") from error
-    except ValueError as error:  # GraftError is one
-        raise FormatError(f"{path}: {error}") from error
-    found = content_id(rows, groups)
-    if found != metadata.get("id"):
-        raise FormatError(
-            f"{path}: its contents have id {found}, but it states {metadata.get('id')}: the file "
-            "is damaged or was changed; get it anew"
-        )
-    return rows, groups, provenance, found
-
-
-def _parse_table(text: str) -> tuple[Row, ...]:
-    try:
-        table = json.loads(text)
-        rows = []
-        for name, shape, dtype, block, first, count in table:
-            numbers = (*shape, block, first, count)
-            kinds = (type(name), type(shape), type(dtype))
-            if kinds != (str, list, str) or any(type(number) is not int for number in numbers):
-                raise TypeError(f"row {name!r} is not [name, shape, dtype, block, first, count]")
-            rows.append(Row(name, tuple(shape), dtype, block, first, count))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise GraftError(f"the table is malformed: {error}") from error
-    return tuple(rows)
-
-
-def _parse_groups(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Group]:
-    groups = {}
-    names = {name.rpartition(".")[0] for name in tensors}
-    for name in sorted(names):
-        if name not in DTYPES:
-            raise GraftError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
-        arrays = []
-        for part, dtype, kind in (
-            ("positions", np.dtype(np.int32), "I32"),
-            ("new", DTYPES[name].bits, name),
-            ("old", DTYPES[name].bits, name),
-        ):
-            tensor = tensors.get(f"{name}.{part}")
-            if tensor is None:
-                raise GraftError(f"the tensor {name}.{part} is missing")
-            if tensor["dtype"] != kind or len(tensor["shape"]) != 1:
-                raise GraftError(
-                    f"{name}.{part} is {tensor['dtype']} of shape {tensor['shape']}; "
-                    f"wanted a flat {kind}"
-                )
-            arrays.append(np.frombuffer(tensor["data"], dtype))
-        groups[name] = Group(*arrays)
-    if len(tensors) != 3 * len(groups):
-        raise GraftError(f"unexpected tensors beside positions, new and old: {sorted(tensors)}")
-    return _in_one_buffer(groups)
-
-
-def _in_one_buffer(groups: Mapping[str, Group]) -> dict[str, Group]:
-    """The same arrays in one read-only buffer, each at a multiple of 16 bytes.
-
-    One allocation a graft wastes less than one an array, and can be uploaded in one copy.
-    """
-    room = sum(-(-array.nbytes // 16) * 16 for group in groups.values() for array in group)
-    buffer = np.empty(room + 16, np.uint8)
-    at = -buffer.ctypes.data % 16
-    packed = {}
-    for name, group in groups.items():
-        arrays = []
-        for array in group:
-            view = buffer[at : at + array.nbytes].view(array.dtype)
-            view[:] = array
-            arrays.append(read_only(view))
-            at += -(-array.nbytes // 16) * 16
-        packed[name] = Group(*arrays)
-    read_only(buffer)
-    return packed

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hotgraft import files
 from hotgraft import format as file_format
 from hotgraft.errors import GraftError
 from hotgraft.format import DTYPES, Bits, Group, Provenance, Row, dtype_of, read_only
@@ -260,7 +261,7 @@ class Graft:
             FormatError: not a valid graft file; the message says what is wrong.
             OSError: it cannot be read.
         """
-        rows, groups, provenance, graft_id = file_format.read(path)
+        rows, groups, provenance, graft_id = files.read(path)
         return cls(rows, groups, provenance, known_id=graft_id, checked=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -269,7 +270,7 @@ class Graft:
         Raises:
             OSError: the folder is missing or cannot be written.
         """
-        file_format.write(path, self.rows, self.groups, self.provenance, self.id)
+        files.write(path, self.rows, self.groups, self.provenance, self.id)
 
     # ---- looking -----------------------------------------------------------------------------
 

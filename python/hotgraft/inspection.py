@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hotgraft import format as file_format
+from hotgraft import files
 from hotgraft.errors import FormatError, GraftError
-from hotgraft.format import DTYPES, Group, Row
+from hotgraft.format import DTYPES, Group, Row, check_eligible, validate
 from hotgraft.graft import bit_view
 
 _SLICE = 1 << 20
@@ -80,20 +80,18 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            if metadata.get("format") != file_format.FORMAT:
-                raise FormatError(
-                    f"{path}: a safetensors file, but not a graft (format "
-                    f"{metadata.get('format')!r}, wanted {file_format.FORMAT!r})"
-                )
-            if metadata.get("version") != str(file_format.VERSION):
-                raise FormatError(
-                    f"{path}: graft format version {metadata.get('version')!r}; this is "
-                    f"{file_format.creator()}, which reads version {file_format.VERSION}"
-                )
-            rows = file_format._parse_table(metadata.pop("table", ""))
-            groups = _groups(file)
-            file_format.validate(rows, groups)
-            _check(metadata, rows)
+            files.check_metadata(metadata)
+            rows, provenance = files.parse_metadata(metadata)
+            pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            groups = files.parse_groups(
+                {name: (piece.get_dtype(), piece.get_shape()) for name, piece in pieces.items()},
+                lambda name: bit_view(file.get_tensor(name)).data,
+            )
+            validate(rows, groups)
+            check_eligible(provenance.eligible, rows)
+            if "id" not in metadata:
+                raise GraftError("the metadata lacks 'id'")
+            del metadata["table"]
             tensors = tuple(
                 _summarise([row for row in rows if row.name == name], groups)
                 for name in dict.fromkeys(row.name for row in rows)
@@ -103,41 +101,6 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     except GraftError as error:
         raise FormatError(f"{path}: {error}") from error
     return Inspection(Path(path), Path(path).stat().st_size, metadata, tensors)
-
-
-def _check(metadata: Mapping[str, str], rows: Sequence[Row]) -> None:
-    missing = {"id", "scope", "eligible", "density", "method", "creator"} - set(metadata)
-    if missing:
-        raise GraftError(f"the metadata lacks {', '.join(sorted(missing))}")
-    eligible, entries = metadata["eligible"], sum(row.count for row in rows)
-    if not (eligible.isascii() and eligible.isdigit() and entries <= int(eligible) < 2**63):
-        raise GraftError(
-            f"{eligible!r} eligible elements cannot be: there are {entries} entries, and a model "
-            "has fewer than 2^63 elements"
-        )
-
-
-def _groups(file: Any) -> dict[str, Group]:
-    names = set(file.keys())
-    groups = {}
-    for dtype in sorted({name.rpartition(".")[0] for name in names}):
-        if dtype not in DTYPES:
-            raise GraftError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-        wanted = {"positions": torch.int32, "new": DTYPES[dtype].torch, "old": DTYPES[dtype].torch}
-        tensors = []
-        for part, element in wanted.items():
-            if f"{dtype}.{part}" not in names:
-                raise GraftError(f"the tensor {dtype}.{part} is missing")
-            tensor = file.get_tensor(f"{dtype}.{part}")
-            if tensor.dtype != element or tensor.ndim != 1:
-                raise GraftError(
-                    f"{dtype}.{part} is {tensor.dtype} of shape {list(tensor.shape)}; wanted a "
-                    f"flat {element}"
-                )
-            tensors.append(tensor)
-        positions, new, old = tensors
-        groups[dtype] = Group(positions.numpy(), bit_view(new), bit_view(old))
-    return groups
 
 
 def _summarise(rows: list[Row], groups: Mapping[str, Group]) -> TensorSummary:
