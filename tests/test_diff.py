@@ -169,6 +169,7 @@ def test_fewer_differ_than_were_asked_for():
         ({"count": 0}, "count 0 is not in [1, 10], the eligible elements"),
         ({"count": 11}, "count 11 is not in [1, 10], the eligible elements"),
         ({"count": -1}, "count -1 is not in [1, 10]"),
+        ({"density": "0.5"}, "density '0.5' is not a number"),
         ({"count": 1, "density": 0.5}, "give density or count, not both"),
     ],
 )
@@ -414,3 +415,14 @@ def test_provenance_and_progress():
     assert graft.provenance.base_id == "b"
     assert done[-1] == (graft.provenance.eligible,) * 2
     assert done == sorted(done)
+
+
+@pytest.mark.parametrize("amount", [{"density": 0.1}, {"count": 3}])
+def test_the_choice_of_the_largest_is_reported_too(amount):
+    base, done = state(), []
+    graft = diff(base, finetuned(base), progress=lambda *at: done.append(at), **amount)
+    eligible = graft.provenance.eligible
+    assert done == sorted(done)
+    assert len(done) == 2 * len(base)
+    assert (eligible, 2 * eligible) in done
+    assert done[-1] == (2 * eligible, 2 * eligible)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from factories import finetuned, graft_on, grafted, random_bits, same_bits, state, tensor
-from hotgraft import Entries, Graft, Mask, Provenance
+from hotgraft import Entries, Graft, Mask, Provenance, compose, diff
 from hotgraft.errors import BaseMismatchError, CoverageError, GraftError
 from hotgraft.format import DTYPES, Group, Row
 from hotgraft.graft import bits
@@ -236,6 +236,29 @@ GOOD = {"F32": Group(np.array([1, 3], np.int32), TWO, TWO)}
 def test_parts_that_do_not_fit(rows, groups, message):
     with pytest.raises(GraftError, match=re.escape(message)):
         Graft(rows, groups, Provenance())
+
+
+def test_the_arrays_a_graft_was_given_are_not_its_own():
+    given = {part: array.copy() for part, array in GOOD["F32"]._asdict().items()}
+    graft = Graft([ROW], {"F32": Group(**given)}, Provenance())
+    before = [array.tolist() for array in graft.groups["F32"]]
+    for array in given.values():
+        array[:] = 0  # still the caller's to write
+    assert [array.tolist() for array in graft.groups["F32"]] == before
+
+
+def test_arrays_cannot_be_made_writable(tmp_path):
+    graft = small()
+    graft.save(tmp_path / "a.graft.safetensors")
+    loaded = Graft.load(tmp_path / "a.graft.safetensors")
+    tuned = {"w": torch.ones(4)}
+    found = diff({"w": torch.zeros(4)}, tuned)
+    for one in (graft, loaded, found, graft.invert(), compose([graft]), found.rebase(tuned)):
+        arrays = [a for row in one.rows for a in one.arrays(row)]
+        arrays += [a for group in one.groups.values() for a in group]
+        for array in [*arrays, *one.mask.values()]:
+            with pytest.raises(ValueError, match="cannot set WRITEABLE flag"):
+                array.setflags(write=True)
 
 
 @pytest.mark.parametrize("eligible", [1, 2**63])

@@ -1,5 +1,6 @@
 """Mask: set algebra on positions, and how much masks and grafts overlap."""
 
+import operator
 import re
 
 import numpy as np
@@ -109,3 +110,11 @@ def test_a_mask_cannot_be_changed():
         mask["a"][0] = 2
     with pytest.raises(TypeError):
         mask["a"] = where
+    with pytest.raises(ValueError, match="cannot set WRITEABLE flag"):
+        mask["a"].setflags(write=True)
+
+
+@pytest.mark.parametrize("operation", [operator.or_, operator.and_, operator.sub])
+def test_masks_are_combined_with_masks_alone(operation):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        operation(Mask({"a": ((6,), [1])}), {"a": [1]})

@@ -93,7 +93,8 @@ def compose(
         groups[dtype] = Group(merged.positions, merged.new, merged.old)
     _check_merged(found, names)
     rows.sort(key=lambda row: (row.name, row.block))
-    return Graft(rows, groups, _provenance(ordered, sum(row.count for row in rows)))
+    provenance = _provenance(ordered, sum(row.count for row in rows))
+    return Graft(rows, groups, provenance, owned=True)
 
 
 def _checked_arguments(
@@ -282,7 +283,7 @@ def rebase(graft: Graft, other_base: Weights, mode: str = "difference") -> Graft
         for dtype, arrays in parts.items()
     }
     kept = {**vars(graft.provenance), "base_id": None, "method": "rebased", "creator": ""}
-    return Graft(graft.rows, groups, Provenance(**kept))
+    return Graft(graft.rows, groups, Provenance(**kept), owned=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from math import floor, prod
+from typing import SupportsFloat
 
 import numpy as np
 import torch
@@ -30,13 +31,19 @@ class _Pairs:
         self.places = [
             (name, block) for name in names for block, _ in blocks(prod(base.known[name].shape))
         ]
+        self.watch: Callable[[int], None] | None = None
+        """Called in the next pass, with the elements behind it."""
 
     def __iter__(self) -> Iterator[Pair]:
+        watch, self.watch, done = self.watch, None, 0
         for name in self._names:
             left, right = self._base.tensor(name), self._finetuned.tensor(name)
             for block, size in blocks(len(left)):
                 end = block + size
                 yield Pair(left[block:end], right[block:end], self._base.known[name].dtype)
+                done += size
+                if watch is not None:
+                    watch(done)
 
 
 def diff(
@@ -62,7 +69,7 @@ def diff(
             shape; its size is the density's denominator and is stored.
         base_id: the base's `fingerprint`, to be stored.
         backend: a backend's name, to run it and no other.
-        progress: called with elements done and in all.
+        progress: called with elements done and in all, the first and the last read counted.
 
     Ties go to the earlier name, then the lower position. When fewer entries differ than were asked
     for, all of them are kept. The |difference| is taken in float for 8- and 16-bit types, in double
@@ -87,6 +94,10 @@ def diff(
         k = _entries_wanted(density, count, eligible, label)
         runner = kernels.resolve(backend)
         pairs = _Pairs(left, right, names)
+        # A choice takes more reads than one: the first and the last are reported.
+        total = eligible if k is None else 2 * eligible
+        if k is not None and progress is not None:
+            pairs.watch = lambda done: progress(done, total)
         try:
             chosen = None if k is None else iter(runner.select(pairs, k))
         except kernels.NanDifferenceError as error:
@@ -97,13 +108,13 @@ def diff(
                 "be ranked; take the exact difference (no density) or mend the checkpoint"
             ) from error
         parts = _Parts(runner)
-        done = 0
+        done = total - eligible
         for (name, block), pair in zip(pairs.places, pairs, strict=True):
             positions = runner.select([pair], None)[0] if chosen is None else next(chosen)
             parts.add(name, left.specs[name].shape, block, pair, positions)
             done += len(pair.base)
             if progress is not None:
-                progress(done, eligible)
+                progress(done, total)
     method = "exact" if k is None else "magnitude"
     if not parts.rows:
         raise GraftError(
@@ -170,7 +181,7 @@ class _Parts:
         self._backend.gather(self._backend.table(segment, positions, dtype.item_size), values)
 
     def graft(self, provenance: Provenance) -> Graft:
-        return Graft(self.rows, self._groups, provenance)
+        return Graft(self.rows, self._groups, provenance, owned=True)
 
 
 def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], label: str) -> None:
@@ -219,8 +230,9 @@ def _entries_wanted(
         if not 0 < count <= eligible:
             raise GraftError(f"count {count} is not in [1, {eligible}], the eligible elements")
         return count
-    assert density is not None
-    if not 0 < density <= 1:
+    if not isinstance(density, SupportsFloat):
+        raise GraftError(f"density {density!r} is not a number")
+    if not 0 < float(density) <= 1:
         raise GraftError(f"density {density} is not in (0, 1]")
     # As it was written: 0.29 x 100 is 29, though the nearest doubles' product is below.
     k = floor(Decimal(repr(float(density))) * eligible)

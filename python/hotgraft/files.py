@@ -28,7 +28,7 @@ from hotgraft.format import (
     check_eligible,
     content_id,
     creator,
-    read_only,
+    frozen,
     table_text,
     validate,
 )
@@ -246,8 +246,7 @@ def _in_one_buffer(groups: Mapping[str, Group]) -> dict[str, Group]:
         for array in group:
             view = buffer[at : at + array.nbytes].view(array.dtype)
             view[:] = array
-            arrays.append(read_only(view))
+            arrays.append(frozen(view))
             at += -(-array.nbytes // 16) * 16
         packed[name] = Group(*arrays)
-    read_only(buffer)
     return packed

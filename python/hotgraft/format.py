@@ -163,10 +163,17 @@ def blocks(count: int) -> Iterator[tuple[int, int]]:
         yield start, min(BLOCK, count - start)
 
 
-def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array itself, made read-only."""
-    array.setflags(write=False)
-    return array
+def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An array on the same memory that cannot be made writable again, unlike a read-only one.
+
+    Example:
+        >>> frozen(np.arange(3)).setflags(write=True)
+        Traceback (most recent call last):
+        ValueError: cannot set WRITEABLE flag to True of this array
+    """
+    if not array.size or (isinstance(array.base, memoryview) and array.base.readonly):
+        return array
+    return np.frombuffer(array.data.toreadonly(), array.dtype)
 
 
 # ---- what must hold of rows and arrays --------------------------------------------------------

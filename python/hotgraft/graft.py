@@ -16,7 +16,7 @@ import torch
 from hotgraft import files
 from hotgraft import format as file_format
 from hotgraft.errors import GraftError
-from hotgraft.format import DTYPES, Bits, Group, Provenance, Row, dtype_of, read_only
+from hotgraft.format import DTYPES, Bits, Group, Provenance, Row, dtype_of, frozen
 
 if TYPE_CHECKING:
     from hotgraft.weights import Weights
@@ -71,7 +71,7 @@ class Mask(Mapping[str, Indices]):
             repeat = np.flatnonzero(indices[1:] == indices[:-1])
             if len(repeat):
                 raise GraftError(f"{name!r}: index {indices[repeat[0]]} is given twice")
-            self._shapes[name], self._indices[name] = shape, read_only(indices)
+            self._shapes[name], self._indices[name] = shape, frozen(indices)
 
     def __getitem__(self, name: str) -> Indices:
         return self._indices[name]
@@ -104,12 +104,18 @@ class Mask(Mapping[str, Indices]):
         return self._shapes[name]
 
     def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
         return self._combine(other, np.union1d)
 
     def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
         return self._combine(other, functools.partial(np.intersect1d, assume_unique=True))
 
     def __sub__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
         return self._combine(other, functools.partial(np.setdiff1d, assume_unique=True))
 
     def _combine(self, other: Mask, operation: Callable[[Indices, Indices], Indices]) -> Mask:
@@ -162,18 +168,30 @@ class Graft:
         *,
         known_id: str | None = None,
         checked: bool = False,
+        owned: bool = False,
     ) -> None:
-        """Raises `GraftError` if the parts do not fit, unless `checked` says that they do."""
+        """A graft of rows and arrays; the arrays are copied.
+
+        Args:
+            known_id: the id, where it was computed already.
+            checked: that the parts fit is known, and the arrays are `owned`.
+            owned: nobody else will write the arrays, so they need no copy.
+
+        Raises:
+            GraftError: the parts do not fit.
+        """
         rows = tuple(rows)
         if not checked:
             file_format.validate(rows, groups)
+        if not (checked or owned):
+            groups = {name: Group(*map(np.copy, group)) for name, group in groups.items()}
         covered = sum(prod(shape) for shape in {r.name: r.shape for r in rows}.values())
         eligible = provenance.eligible or covered
         file_format.check_eligible(eligible, rows)
         changes = {"eligible": eligible, "creator": provenance.creator or file_format.creator()}
         object.__setattr__(self, "rows", rows)
-        frozen = {name: Group(*map(read_only, group)) for name, group in groups.items()}
-        object.__setattr__(self, "groups", MappingProxyType(frozen))
+        groups = {name: Group(*map(frozen, group)) for name, group in groups.items()}
+        object.__setattr__(self, "groups", MappingProxyType(groups))
         object.__setattr__(self, "provenance", Provenance(**{**vars(provenance), **changes}))
         object.__setattr__(self, "_known_id", known_id)
 
@@ -235,7 +253,7 @@ class Graft:
             for name, arrays in parts.items()
             if arrays
         }
-        return cls(rows, groups, provenance or Provenance())
+        return cls(rows, groups, provenance or Provenance(), owned=True)
 
     @classmethod
     def from_mask(cls, base: Weights, finetuned: Weights, mask: Mask) -> Graft:
@@ -301,7 +319,7 @@ class Graft:
         )
 
     def arrays(self, row: Row) -> Group:
-        """A row's positions, new and old bits, as read-only views."""
+        """A row's positions, new and old bits, as views that cannot be made writable."""
         group = self.groups[row.dtype]
         return Group(*(array[row.first : row.first + row.count] for array in group))
 
@@ -353,7 +371,7 @@ class Graft:
         """
         groups = {name: Group(g.positions, g.old, g.new) for name, g in self.groups.items()}
         kept = {**vars(self.provenance), "base_id": None, "method": "inverted", "creator": ""}
-        return Graft(self.rows, groups, Provenance(**kept))
+        return Graft(self.rows, groups, Provenance(**kept), checked=True)
 
     def rebase(self, other_base: Weights, mode: str = "difference") -> Graft:
         """This graft, made anew for another base of the same names and shapes.
