@@ -10,6 +10,7 @@ import pytest
 import torch
 from hosts import Workshop, contents, holds, single, versions
 from hotgraft import attach
+from hotgraft._native import first_replaced
 from hotgraft.errors import HostChangedError
 from torch import nn
 
@@ -236,3 +237,15 @@ def test_a_host_does_not_keep_a_dropped_model_alive() -> None:
     del shop
     gc.collect()
     assert gone() is None
+
+
+def test_first_replaced_looks_at_objects_and_refuses_other_arguments() -> None:
+    one, other = [0], [0]
+    owners, keys = ({"a": one}, {"b": other}, {}), ("a", "b", "c")
+    assert first_replaced(owners[:2], keys[:2], (one, other)) == -1
+    assert first_replaced(owners[:2], keys[:2], (one, one)) == 1
+    assert first_replaced(owners, keys, (one, other, None)) == 2
+    with pytest.raises(ValueError, match="must be as many"):
+        first_replaced(owners, keys, (one,))
+    with pytest.raises(ValueError, match="owners must be dicts"):
+        first_replaced(([],), ("a",), (one,))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from hotgraft._native import first_replaced
 from hotgraft.errors import HostChangedError
-from hotgraft.placement.slots import Slot
+from hotgraft.placement.slots import Place, Slot
 
 Counters = npt.NDArray[np.int64]
 """Autograd version counters, a cell a place of the host."""
@@ -29,24 +30,25 @@ class Wiring:
     """
 
     def __init__(self, slots: Iterable[Slot]) -> None:
-        places = [(slot.name, place) for slot in slots for place in slot.places]
-        ways = {(id(e.owner), e.key): e for _, place in places for e in place.path}
-        self._names = tuple(name for name, _ in places), tuple(e.name for e in ways.values())
-        hung = [(place.owner, place.key, place.tensor) for _, place in places]
-        over = [(edge.owner, edge.key, edge.module) for edge in ways.values()]
-        self._owners, self._keys, self._objects = zip(*hung, *over, strict=True)
+        self._slots = tuple(slots)
+        _, self._owners, self._keys, self._objects = zip(*self._hung(), strict=True)
 
     def check(self) -> None:
         """Raises `HostChangedError` if one was replaced."""
         at = first_replaced(self._owners, self._keys, self._objects)
         if at >= 0:
-            tensors, modules = self._names
-            n = len(tensors)
-            what = f"parameter {tensors[at]!r}" if at < n else f"module {modules[at - n]!r}"
             raise HostChangedError(
-                f"the {what} was replaced by another object since the host was attached; "
-                "detach(force=True) and attach again"
+                f"the {self._hung()[at][0]} was replaced by another object since the host was "
+                "attached; detach(force=True) and attach again"
             )
+
+    def _hung(self) -> list[tuple[str, dict[str, Any], str, object]]:
+        """What hangs there, its owner, its key, and the object itself."""
+        places = [(slot, place) for slot in self._slots for place in slot.places]
+        ways = {(id(e.owner), e.key): e for _, place in places for e in place.path}
+        return [(f"parameter {s.name!r}", p.owner, p.key, p.tensor) for s, p in places] + [
+            (f"module {e.name!r}", e.owner, e.key, e.module) for e in ways.values()
+        ]
 
 
 class Watch:
@@ -60,8 +62,8 @@ class Watch:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         views = [view for slot in slots for view in slot.views]
-        self._places = tuple((view, place) for view in views for place in view.places)
-        self._tensors = tuple(place.tensor for _, place in self._places)
+        self._views = tuple(views)
+        self._tensors = tuple(place.tensor for _, place in self._places())
         self._wiring = Wiring(views)
         self._addresses = list(map(_address, self._tensors))
         # As long as it is held, memory is not given to another tensor: equal addresses prove that
@@ -75,11 +77,14 @@ class Watch:
         """The host's counters that are this watch's."""
         self._alone = len(family) == len(slots)  # each counter is one tensor's
 
+    def _places(self) -> Iterator[tuple[Slot, Place]]:
+        return ((view, place) for view in self._views for place in view.places)
+
     def check_in_place(self) -> None:
         """Raises `HostChangedError` if a tensor or module was replaced or a storage moved."""
         self._wiring.check()
         if list(map(_address, self._tensors)) != self._addresses:
-            moved = zip(self._places, self._addresses, strict=True)
+            moved = zip(self._places(), self._addresses, strict=True)
             slot = next(s for (s, p), address in moved if p.tensor.data_ptr() != address)
             raise HostChangedError(
                 f"the storage of {slot.name!r} was moved since the host was attached "
@@ -93,7 +98,7 @@ class Watch:
             return
         at = int(np.flatnonzero(found != wanted)[0])
         writer = self._counted[at]
-        name = next(s.name for s, _ in self._places if any(p.tensor is writer for p in s.family))
+        name = next(s.name for s, _ in self._places() if any(p.tensor is writer for p in s.family))
         raise HostChangedError(
             f"somebody wrote to {name!r} (its version went from {int(wanted[at])} to "
             f"{int(found[at])}): an optimiser step, load_state_dict, ...? host.verify() looks "
