@@ -156,6 +156,7 @@ class _Parts:
         self._backend = backend
         self.rows: list[Row] = []
         self._groups: dict[str, Group] = {}
+        self._filled: dict[str, int] = {}
 
     def add(
         self, name: str, shape: tuple[int, ...], block: int, pair: Pair, positions: Positions
@@ -165,14 +166,16 @@ class _Parts:
         dtype = pair.dtype.name
         kinds = (np.dtype(np.int32), pair.dtype.bits, pair.dtype.bits)
         group = self._groups.setdefault(dtype, Group(*(np.empty(0, kind) for kind in kinds)))
-        first, last = len(group.positions), len(group.positions) + len(positions)
+        first = self._filled.get(dtype, 0)
+        last = self._filled[dtype] = first + len(positions)
         self.rows.append(Row(name, shape, dtype, block, first, len(positions)))
-        for array in group:
-            # Grown in place (the system remaps large arrays), so the parts are never held twice.
-            array.resize(last, refcheck=False)
-        group.positions[first:] = positions
-        self._gather(pair.finetuned, positions, pair.dtype, group.new[first:])
-        self._gather(pair.base, positions, pair.dtype, group.old[first:])
+        if last > len(group.positions):
+            for array in group:
+                # Grown in place (the system remaps large arrays), so nothing is held twice.
+                array.resize(last + last // 8, refcheck=False)
+        group.positions[first:last] = positions
+        self._gather(pair.finetuned, positions, pair.dtype, group.new[first:last])
+        self._gather(pair.base, positions, pair.dtype, group.old[first:last])
 
     def _gather(
         self, tensor: torch.Tensor, positions: Positions, dtype: DType, values: Bits
@@ -181,6 +184,9 @@ class _Parts:
         self._backend.gather(self._backend.table(segment, positions, dtype.item_size), values)
 
     def graft(self, provenance: Provenance) -> Graft:
+        for dtype, group in self._groups.items():
+            for array in group:
+                array.resize(self._filled[dtype], refcheck=False)
         return Graft(self.rows, self._groups, provenance, owned=True)
 
 
