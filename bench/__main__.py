@@ -40,12 +40,15 @@ def run(
 @app.command()
 def table(
     results: Results = rows.RESULTS,
-    readme: Annotated[Path, typer.Option(help="The file to render into.")] = Path("README.md"),
+    readme: Annotated[Path, typer.Option(help="Gets the tables on switching.")] = Path("README.md"),
+    page: Annotated[Path, typer.Option(help="Gets them all.")] = Path("docs/benchmarks.md"),
 ) -> None:
-    """Render the tables of the newest rows between the README's markers."""
+    """Render the tables of the newest rows between two pages' markers."""
     from bench import tables
 
-    tables.write(readme, *rows.read(rows.newest(results)))
+    found = rows.read(rows.newest(results))
+    tables.write(readme, *found, full=False)
+    tables.write(page, *found)
 
 
 @app.command()

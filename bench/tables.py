@@ -11,23 +11,25 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Rows = Sequence[dict[str, Any]]
 
 
-def write(readme: Path, environment: dict[str, Any], rows: Rows) -> None:
-    """Replace what stands between the markers.
+def write(page: Path, environment: dict[str, Any], rows: Rows, full: bool = True) -> None:
+    """Replace what stands between a page's markers, by all tables or by those on switching.
 
     Raises:
         ValueError: the file does not have both markers, once and in order.
     """
-    text = readme.read_text()
+    text = page.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"{readme.name} needs the lines {BEGIN} and {END}, once each")
-    readme.write_text(f"{before}{BEGIN}\n{render(environment, rows)}\n{END}{after}")
+        raise ValueError(f"{page.name} needs the lines {BEGIN} and {END}, once each")
+    page.write_text(f"{before}{BEGIN}\n{render(environment, rows, full)}\n{END}{after}")
 
 
-def render(environment: dict[str, Any], rows: Rows) -> str:
-    """All the tables there are rows for."""
-    sections = (_switching(rows), _by_size(rows), _others(rows), _targets(rows))
+def render(environment: dict[str, Any], rows: Rows, full: bool = True) -> str:
+    """All the tables there are rows for, or those on switching."""
+    sections = [_switching(rows), _by_size(rows)]
+    if full:
+        sections += [_others(rows), _targets(rows)]
     return "\n\n".join([_machine(environment), *(s for s in sections if s)])
 
 

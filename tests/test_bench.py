@@ -60,15 +60,16 @@ def test_rows_name_no_host_and_no_path(results: Path) -> None:
 
 
 def test_tables_and_plots_come_from_the_rows(results: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    page.write_text("<!-- bench:begin -->\n<!-- bench:end -->\n")
     readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
-    bench("table", "--results", results, "--readme", readme)
+    bench("table", "--results", results, "--readme", readme, "--page", page)
     once = readme.read_text()
     assert once.startswith("before\n")
     assert once.endswith("after\n")
     assert "old\n" not in once
     assert "| hotgraft |" in once
-    bench("table", "--results", results, "--readme", readme)
+    bench("table", "--results", results, "--readme", readme, "--page", page)
     assert readme.read_text() == once
     drawn = bench("plot", "--results", results, "--folder", tmp_path).split()
     assert all(Path(path).stat().st_size > 10_000 for path in drawn)
