@@ -94,7 +94,8 @@ def test_an_unknown_skill_lists_the_known() -> None:
     [
         ({"names": ("a", "a")}, "named twice"),
         ({"names": ("a",), "policy": "best"}, "unknown policy 'best'; known are refuse"),
-        ({"names": ("a",), "weights": [1.0, 2.0]}, "2 weights for 1 skills"),
+        ({"names": ("a",), "weights": [1.0, 2.0]}, "2 weights for 1 grafts"),
+        ({"names": ("a",), "weights": 0.5}, "give a list with a number a graft"),
         ({"names": ("a", "b"), "policy": "sum", "weights": [1.0, float("nan")]}, "nan is not"),
         ({"names": ("a", "b"), "policy": "sum"}, "knows no arithmetic"),
     ],

@@ -62,7 +62,7 @@ def compose(
         >>> compose([one(3.0), one(4.0)], policy="sum")["w"].new.tolist()
         [6.0]
     """
-    given = _checked_arguments(grafts, policy, weights)
+    given = checked_weights(grafts, policy, weights)
     labels = list(labels) if labels is not None else [f"graft {i}" for i in range(len(grafts))]
     # Sums run in the order of ids, so they do not depend on the order of the arguments.
     keys = [graft.id for graft in grafts] if ids is None else list(ids)
@@ -97,10 +97,19 @@ def compose(
     return Graft(rows, groups, provenance, owned=True)
 
 
-def _checked_arguments(
+def checked_weights(
     grafts: Sequence[Graft], policy: str, weights: Sequence[float] | None
 ) -> list[float]:
-    """The weights, as many as there are grafts."""
+    """What `compose` was asked for, checked: the weights, one a graft.
+
+    Raises:
+        GraftError: no grafts, an unknown policy, or weights that are not as many finite numbers.
+
+    Example:
+        >>> checked_weights([], "sum", [1.0])
+        Traceback (most recent call last):
+        hotgraft.errors.GraftError: nothing to compose: give at least one graft
+    """
     if not grafts:
         raise GraftError("nothing to compose: give at least one graft")
     for graft in grafts:

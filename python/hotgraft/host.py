@@ -19,7 +19,7 @@ import torch
 
 from hotgraft import gate as gates
 from hotgraft import kernels
-from hotgraft.composition import compose
+from hotgraft.composition import checked_weights, compose
 from hotgraft.errors import (
     AdoptWarning,
     GateError,
@@ -375,13 +375,9 @@ class Host:
         skills = tuple(self._skill(name) for name in names)
         if len(set(names)) != len(names):
             raise GraftError(f"a skill is named twice: {', '.join(names)}")
-        given = (
-            tuple(float(w) + 0.0 for w in weights) if weights is not None else (1.0,) * len(names)
-        )
-        if len(given) != len(names):
-            raise GraftError(f"{len(given)} weights for {len(names)} skills")
-        if policy not in kernels.POLICIES:
-            raise GraftError(f"unknown policy {policy!r}; known are {', '.join(kernels.POLICIES)}")
+        grafts = [skill.plan.graft for skill in skills]
+        # -0.0 becomes 0.0: the two are equal as keys, but not as factors.
+        given = tuple(w + 0.0 for w in checked_weights(grafts, policy, weights))
         if given == (1.0,):
             return LiveSet(skills, given, "", skills[0].plan)
         state = LiveSet(skills, given, policy if len(skills) > 1 else "")
@@ -390,7 +386,7 @@ class Host:
             plan = known.plan
         else:
             merged = compose(
-                [skill.plan.graft for skill in skills], policy, given,
+                grafts, policy, given,
                 labels=names, ids=[skill.id for skill in skills], backend=self._backend.name,
             )  # fmt: skip
             plan = self._compile(merged)
