@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,12 +227,6 @@ def test_too_few_texts() -> None:
 
 
 def test_the_real_demo_ends_within_a_minute(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("matplotlib")
-    try:
-        distribution(demo_model.PACKAGE)
-    except PackageNotFoundError:
-        pytest.skip(f"{demo_model.PACKAGE} is not installed")
     script = Path(sys.executable).with_name("hotgraft")
     done = subprocess.run(
         [str(script), "demo", "--json"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import threading
-from collections.abc import Iterator
 
 import factories
 import pytest
@@ -22,15 +21,6 @@ from hotgraft.errors import (
     UnknownSkillError,
 )
 from torch import nn
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def shop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
-    made = Workshop(request.param)
-    yield made
-    made.host.detach(force=True)
-    assert made.is_base()
-
 
 # ---- live = f(base, the active set, the policy) -------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 
 import factories
 import pytest
@@ -18,14 +17,6 @@ from hotgraft.errors import (
     SkillInUseError,
 )
 from torch import nn
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def shop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
-    made = Workshop(request.param)
-    yield made
-    made.host.detach(force=True)
-    assert made.is_base()
 
 
 def test_digest_is_keyed_on_base_ids_weights_and_policy() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import factories
@@ -20,14 +19,6 @@ from hotgraft.errors import (
     SkillInUseError,
     UnknownSkillError,
 )
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def shop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
-    made = Workshop(request.param)
-    yield made
-    made.host.detach(force=True)
-    assert made.is_base()
 
 
 def test_load_takes_a_path_and_its_stem(tmp_path: Path) -> None:
