@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from bench import memory, shapes
 
-READERS = ("difference", "count_scores", "collect")
+READERS = ("Difference", "count_scores", "collect")
 """The native calls that read both models through."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from hotgraft import _native
-from hotgraft.format import DTYPES, DType
+from hotgraft.format import DTYPES, DType, Group, empty_group
 from hotgraft.kernels import Backend, NanDifferenceError, Pair, Source
 from hotgraft.kernels.native_cpu import INSTRUCTION_SETS, NativeCpu
 from hotgraft.kernels.reference import BACKEND as REFERENCE
@@ -118,6 +118,22 @@ def selection(backend: Backend, pairs: Sequence[Pair], k: int | None) -> list[An
 def check_select(backend: Backend, pairs: Sequence[Pair], k: int | None) -> None:
     """The same positions of each pair, or the same NaN refused."""
     assert selection(backend, pairs, k) == selection(REFERENCE, pairs, k)
+    for pair in pairs:
+        check_difference(backend, pair)
+
+
+def check_difference(backend: Backend, pair: Pair) -> None:
+    """The same positions and bits, in arrays of the right length."""
+    found: list[Group] = []
+
+    def room(n: int) -> Group:
+        found.append(empty_group(pair.dtype, n))
+        return found[-1]
+
+    backend.difference(pair, room)
+    REFERENCE.difference(pair, room)
+    mine, judge = found
+    assert [a.tobytes() for a in mine] == [a.tobytes() for a in judge]
 
 
 # ---- merge and round --------------------------------------------------------------------------

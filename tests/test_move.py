@@ -7,6 +7,7 @@ import pytest
 from agreement import BACKENDS, Arena, Stretch, check_moves
 from hotgraft import _native
 from hotgraft.kernels.native_cpu import NativeCpu
+from hotgraft.kernels.reference import BACKEND as REFERENCE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def test_moves_agree(backend, item_size, layout, seed):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("item_size", SIZES)
 def test_every_length_around_the_lookahead(backend, item_size):
-    for n in range(1, 70):
+    for n in range(1, 135):
         check_moves(backend, Arena([Stretch(2 * n, range(0, 2 * n, 2))], item_size, n))
         # as many segments as entries, and segments that end inside the window that runs ahead
         check_moves(backend, Arena([Stretch(2, [i % 2]) for i in range(n)], item_size, n))
@@ -177,3 +178,20 @@ def test_a_table_keeps_its_arrays_alive_and_states_its_size():
     _native.gather(table, found)
     cells = arena.memory.view(np.uint32)
     assert found.tolist() == cells[[1, 2, 3, 9]].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_prefetching_changes_nothing_and_outlives_no_table(workers):
+    backend = NativeCpu(workers=workers)
+    arena = Arena([Stretch(70_000, range(0, 70_000, 2))], 4)
+    before = arena.memory.tobytes()
+    for _ in range(50):
+        backend.prefetch(arena.table(backend), arena.values)  # the table goes at once
+    assert arena.memory.tobytes() == before
+    table = arena.table(backend)
+    backend.prefetch(table, arena.values)
+    assert backend.compare(table, arena.values) == REFERENCE.compare(
+        arena.table(REFERENCE), arena.values
+    )
+    with pytest.raises(ValueError, match="values must be a contiguous array of 35000 items"):
+        backend.prefetch(table, arena.values[1:])

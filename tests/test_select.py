@@ -257,7 +257,24 @@ def test_nothing_to_compare():
 )
 def test_difference_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        _native.difference(*arguments)
+        _native.Difference(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [
+        ((np.zeros(1, np.int32), np.zeros(2, np.uint16), np.zeros(2, np.uint16)), "positions"),
+        ((np.zeros(2, np.int32), np.zeros(2, np.uint32), np.zeros(2, np.uint16)), "new and old"),
+        ((np.zeros(2, np.int32), np.zeros(2, np.uint16), np.zeros(4, np.uint16)[::2]), "new and"),
+    ],
+)
+def test_difference_writes_into_nothing_else(room, message):
+    base, fresh = np.zeros(9, np.uint16), np.zeros(9, np.uint16)
+    fresh[[2, 7]] = 5
+    found = _native.Difference(base.ctypes.data, fresh.ctypes.data, 9, 2)
+    assert found.count == 2
+    with pytest.raises(ValueError, match=message):
+        found.write(*room)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class Idle:
 
     name = "idle"
 
-    def rouse(self) -> None:
+    def prefetch(self, table: Any, values: Any) -> None:
         """Do nothing."""
 
     def scatter(self, table: Any, values: Any) -> None:

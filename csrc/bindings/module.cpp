@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/sentry.h"
 #include "core/table.h"
 #include "cpu/merge.h"
 #include "cpu/move.h"
@@ -17,10 +18,11 @@
 namespace py = pybind11;
 namespace hg = hotgraft;
 namespace cpu = hotgraft::cpu;
+namespace bindings = hotgraft::bindings;
 
 namespace {
 
-using Int64s = py::array_t<std::int64_t, py::array::c_style>;
+using bindings::Int64s;
 using Int32s = py::array_t<std::int32_t, py::array::c_style>;
 
 void require(bool held, const std::string& sentence) {
@@ -69,22 +71,6 @@ py::array empty_bits(py::ssize_t item_size, std::int64_t n) {
                      std::vector<py::ssize_t>{static_cast<py::ssize_t>(n)});
 }
 
-// The first i where owners[i] no longer maps keys[i] to the very object values[i]; -1 if none.
-py::ssize_t first_replaced(const py::tuple& owners, const py::tuple& keys,
-                           const py::tuple& values) {
-    const py::ssize_t n = PyTuple_GET_SIZE(owners.ptr());
-    require(PyTuple_GET_SIZE(keys.ptr()) == n && PyTuple_GET_SIZE(values.ptr()) == n,
-            "owners, keys and values must be as many");
-    for (py::ssize_t i = 0; i < n; ++i) {
-        PyObject* owner = PyTuple_GET_ITEM(owners.ptr(), i);
-        require(PyDict_Check(owner), "owners must be dicts");
-        PyObject* found = PyDict_GetItemWithError(owner, PyTuple_GET_ITEM(keys.ptr(), i));
-        if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
-        if (found != PyTuple_GET_ITEM(values.ptr(), i)) return i;
-    }
-    return -1;
-}
-
 // Owns what a table points to. Made once when a plan is made, used at every commit.
 class Table {
   public:
@@ -105,6 +91,10 @@ class Table {
         }
         require(next == view_.n_entries, "segments must cover the positions exactly");
     }
+
+    ~Table() { cpu::drop_hints(); }
+    Table(const Table&) = delete;
+    Table& operator=(const Table&) = delete;
 
     const hg::Table& view() const { return view_; }
     int item_size() const { return item_size_; }
@@ -147,26 +137,33 @@ py::tuple compare(const Table& table, const py::array& values, int workers) {
     return py::make_tuple(mismatch.count, mismatch.first);
 }
 
-Int32s difference(std::uintptr_t a, std::uintptr_t b, std::int64_t n, int item_size, int workers,
-                  int isa) {
+void prefetch(const Table& table, const py::array& values, int workers) {
+    cpu::prefetch(table.view(), table.item_size(), table.check(values), workers_or_all(workers));
+}
+
+std::unique_ptr<cpu::Difference> difference(std::uintptr_t a, std::uintptr_t b, std::int64_t n,
+                                            int item_size, int workers, int isa) {
     require(is_item_size(item_size), "item_size must be 1, 2, 4 or 8");
     require(n >= 0 && n <= (std::int64_t{1} << 31), "n must be in [0, 2^31]: split larger tensors");
     const auto instructions = instruction_set(isa);
-    std::vector<std::vector<std::int32_t>> found;
-    std::int64_t total = 0;
-    {
-        py::gil_scoped_release released;
-        found = cpu::difference(address(a), address(b), n, item_size, workers_or_all(workers),
-                                instructions);
-        for (const auto& piece : found) total += static_cast<std::int64_t>(piece.size());
+    py::gil_scoped_release released;
+    return std::make_unique<cpu::Difference>(address(a), address(b), n, item_size,
+                                             workers_or_all(workers), instructions);
+}
+
+void write_difference(const cpu::Difference& found, Int32s positions, py::array fresh,
+                      py::array old, int workers) {
+    require(positions.ndim() == 1 && positions.shape(0) == found.count(),
+            "positions must be int32[count]");
+    for (const py::array& values : {fresh, old}) {
+        require(is_flat(values, found.count(), found.item_size()) && values.writeable(),
+                "new and old must be writable, contiguous arrays as long as the positions");
     }
-    Int32s positions(total);
-    std::int32_t* out = positions.mutable_data();
-    for (auto& piece : found) {
-        out = std::copy(piece.begin(), piece.end(), out);
-        std::vector<std::int32_t>().swap(piece);
-    }
-    return positions;
+    std::int32_t* to = positions.mutable_data();
+    void* new_to = fresh.mutable_data();
+    void* old_to = old.mutable_data();
+    py::gil_scoped_release released;
+    found.write(to, new_to, old_to, workers_or_all(workers));
 }
 
 constexpr std::int64_t counts_width = sizeof(cpu::ScoreCounts) / sizeof(std::int64_t);
@@ -310,8 +307,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("gather", &gather, py::arg("table"), py::arg("values"), py::arg("workers") = 0);
     m.def("scatter", &scatter, py::arg("table"), py::arg("values"), py::arg("workers") = 0);
     m.def("compare", &compare, py::arg("table"), py::arg("values"), py::arg("workers") = 0);
-    m.def("difference", &difference, py::arg("a"), py::arg("b"), py::arg("n"), py::arg("item_size"),
-          py::arg("workers") = 0, py::arg("isa") = 0);
+    py::class_<cpu::Difference>(m, "Difference")
+        .def(py::init(&difference), py::arg("a"), py::arg("b"), py::arg("n"), py::arg("item_size"),
+             py::arg("workers") = 0, py::arg("isa") = 0)
+        .def_property_readonly("count", &cpu::Difference::count)
+        .def("write", &write_difference, py::arg("positions").noconvert(), py::arg("new"),
+             py::arg("old"), py::arg("workers") = 0);
     m.def("count_scores", &count_scores, py::arg("type"), py::arg("a"), py::arg("b"), py::arg("n"),
           py::arg("shift"), py::arg("prefix"), py::arg("k"), py::arg("counts").noconvert(),
           py::arg("isa") = 0);
@@ -320,9 +321,18 @@ PYBIND11_MODULE(_native, m) {
     m.def("merge", &merge, py::arg("sources"), py::arg("ranges").noconvert(), py::arg("type"),
           py::arg("policy"), py::arg("order").noconvert(), py::arg("workers") = 0);
     m.def("round", &round_values, py::arg("from_type"), py::arg("values"), py::arg("to_type"));
-    m.def(
-        "rouse", [](int workers) { cpu::rouse(workers_or_all(workers)); }, py::arg("workers") = 0);
-    m.def("first_replaced", &first_replaced, py::arg("owners"), py::arg("keys"), py::arg("values"));
+    m.def("prefetch", &prefetch, py::arg("table"), py::arg("values"), py::arg("workers") = 0);
+    m.def("first_replaced", &bindings::first_replaced, py::arg("owners"), py::arg("keys"),
+          py::arg("objects"));
+    m.def("first_moved", &bindings::first_moved, py::arg("tensors"),
+          py::arg("addresses").noconvert());
+    m.def("first_written", &bindings::first_written, py::arg("tensors"),
+          py::arg("expected").noconvert(), py::arg("cells").noconvert());
+    m.def("count_writes", &bindings::count_writes, py::arg("expected").noconvert(),
+          py::arg("cells").noconvert());
+    m.def("versions", &bindings::versions, py::arg("tensors"));
+    m.def("prefetch_objects", &bindings::prefetch_objects, py::arg("owners"), py::arg("tensors"),
+          py::arg("bodies").noconvert());
     m.def("max_workers", &cpu::max_workers);
     m.def(
         "isa_runs_here",

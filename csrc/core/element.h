@@ -39,4 +39,15 @@ struct Compare {
     }
 };
 
+// Calls f with a zero of the unsigned type of 1, 2, 4 or 8 bytes.
+template <class F>
+decltype(auto) dispatch_size(int item_size, F&& f) {
+    switch (item_size) {
+        case 1: return f(std::uint8_t{});
+        case 2: return f(std::uint16_t{});
+        case 4: return f(std::uint32_t{});
+        default: return f(std::uint64_t{});
+    }
+}
+
 }  // namespace hotgraft

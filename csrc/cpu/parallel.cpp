@@ -17,10 +17,13 @@
 namespace hotgraft::cpu {
 namespace {
 
+using Body = std::function<void(std::int64_t, std::int64_t, int)>;
+
 struct Job {
     std::int64_t n, grain;
     int workers;
-    const std::function<void(std::int64_t, std::int64_t, int)>* body;
+    const Body* body;
+    Body hint = {};  // what `body` points to where nobody waits for the job
     std::atomic<std::int64_t> next{0};
     std::atomic<std::int64_t> done{0};  // items finished
     std::atomic<int> joined{1};         // workers that took part; the caller is worker 0
@@ -41,17 +44,27 @@ struct Job {
             done.fetch_add(end - begin, std::memory_order_release);
         }
     }
+
+    void drop() { next.store(n, std::memory_order_relaxed); }
 };
 
-// Waking a sleeping thread takes longer than many a job. So a thread that has just been woken or
-// has just worked stays awake this long for the next one.
+// Waking a sleeping thread takes longer than many a job. So a thread that has just worked stays
+// awake this long for the next job.
 constexpr std::chrono::microseconds patience{100};
 
 // Threads sleep until a job is posted, help until it is out of pieces, and sleep again. The caller
 // never waits for a thread to wake: whoever comes late finds less to do.
 class Pool {
   public:
-    void rouse(int workers) { post(nullptr, workers); }
+    void hint(const std::shared_ptr<Job>& job) { post(job, job->workers); }
+
+    void drop_hints() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (job_ && job_->hint) job_->drop();
+        }
+        while (hints_running_.load(std::memory_order_acquire) > 0) std::this_thread::yield();
+    }
 
     void run(const std::shared_ptr<Job>& job) {
         post(job, job->workers);
@@ -67,6 +80,7 @@ class Pool {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             grow(workers - 1);
+            if (job_ && job_->hint) job_->drop();
             job_ = job;
             generation_.fetch_add(1, std::memory_order_release);
             anyone_sleeps = sleepers_ > 0;
@@ -94,10 +108,11 @@ class Pool {
                 --sleepers_;
                 seen = generation_;
                 job = job_;
+                if (job->hint) ++hints_running_;
             }
-            if (!job) continue;
             const int worker = job->joined.fetch_add(1, std::memory_order_relaxed);
             if (worker < job->workers) job->work(worker);
+            if (job->hint) hints_running_.fetch_sub(1, std::memory_order_release);
         }
     }
 
@@ -112,6 +127,7 @@ class Pool {
     std::condition_variable wake_;
     std::shared_ptr<Job> job_;
     std::atomic<std::uint64_t> generation_{0};
+    std::atomic<int> hints_running_{0};
     int threads_ = 0;
     int sleepers_ = 0;
 };
@@ -139,9 +155,18 @@ int max_workers() {
     return std::max(1, CPU_COUNT(&set));
 }
 
-void rouse(int workers) {
-    if (workers > 1) the_pool().rouse(workers);
+void hint(std::int64_t n, std::int64_t grain, int workers, Body body) {
+    if (n <= 0 || workers <= 1) return;
+    auto job = std::make_shared<Job>();
+    job->n = n;
+    job->grain = grain;
+    job->workers = workers;
+    job->hint = std::move(body);
+    job->body = &job->hint;
+    the_pool().hint(job);
 }
+
+void drop_hints() { the_pool().drop_hints(); }
 
 void parallel_for(std::int64_t n, std::int64_t grain, int workers,
                   const std::function<void(std::int64_t, std::int64_t, int)>& body) {

@@ -1,9 +1,14 @@
 #include "cpu/select.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <mutex>
 
+#include "core/element.h"
 #include "cpu/environment.h"
 #include "cpu/parallel.h"
 
@@ -12,7 +17,8 @@ namespace {
 
 constexpr std::int64_t piece = 1 << 16;   // entries a thread claims at a time
 constexpr std::int64_t window = 1 << 22;  // entries between two looks at what is left of the ties
-constexpr int block = 64;                 // entries tested together before one is looked at alone
+constexpr std::int64_t pieces_a_thread = 16;  // whose findings a thread copies at a time
+constexpr int block = 64;  // entries tested together before one is looked at alone
 
 #define HOTGRAFT_INLINE inline __attribute__((always_inline))
 
@@ -33,9 +39,9 @@ struct Elements {
 };
 
 // ---- the streaming tests -----------------------------------------------------------------------
-// Each is one generic loop without branches that the compiler vectorises, instantiated once for
-// each instruction set. `any_differs`: some item's bits differ. `any_reaches`: some entry's bits
-// differ and its score is not below the threshold (a NaN score is not below anything).
+// `any_reaches`: some entry's bits differ and its score is not below the threshold (a NaN score is
+// not below anything). One generic loop without branches that the compiler vectorises, instantiated
+// once for each instruction set.
 
 template <class T>
 HOTGRAFT_INLINE bool any_differs_body(Elements<T> a, Elements<T> b) {
@@ -63,10 +69,6 @@ HOTGRAFT_INLINE bool any_reaches_body(Elements<typename V::Bits> a, Elements<typ
 }
 
 #define HOTGRAFT_ISA(suffix, attribute)                                                   \
-    template <class T>                                                                    \
-    attribute bool any_differs_##suffix(Elements<T> a, Elements<T> b) {                   \
-        return any_differs_body(a, b);                                                    \
-    }                                                                                     \
     template <class V>                                                                    \
     attribute bool any_reaches_##suffix(Elements<typename V::Bits> a,                     \
                                         Elements<typename V::Bits> b, double threshold) { \
@@ -86,16 +88,6 @@ Isa resolve(Isa isa) {
     return isa_runs_here(Isa::avx2) ? Isa::avx2 : Isa::scalar;
 }
 
-template <class T>
-auto pick_any_differs(Isa isa) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return any_differs_avx512<T>;
-    if (isa == Isa::avx2) return any_differs_avx2<T>;
-#endif
-    (void)isa;
-    return any_differs_scalar<T>;
-}
-
 template <class V>
 auto pick_any_reaches(Isa isa) {
 #if defined(__x86_64__)
@@ -104,6 +96,125 @@ auto pick_any_reaches(Isa isa) {
 #endif
     (void)isa;
     return any_reaches_scalar<V>;
+}
+
+// masks[i]: which of the 64 bytes from 64 i on differ, the first in the lowest bit. Returns whether
+// any does.
+constexpr std::int64_t line = 64;
+using Masks = bool (*)(const unsigned char* a, const unsigned char* b, std::int64_t lines,
+                       std::uint64_t* masks);
+
+bool differing_bytes_scalar(const unsigned char* a, const unsigned char* b, std::int64_t lines,
+                            std::uint64_t* masks) {
+    constexpr std::uint64_t ones = 0x0101010101010101;
+    std::uint64_t any = 0;
+    for (std::int64_t i = 0; i < lines; ++i) {
+        std::uint64_t mask = 0;
+        for (int word = 0; word < 8; ++word) {
+            const std::int64_t at = i * line + word * 8;
+            const std::uint64_t x =
+                Elements<std::uint64_t>(a + at)[0] ^ Elements<std::uint64_t>(b + at)[0];
+            // The lowest bit of each byte says whether the byte is not 0; the product lines the
+            // eight of them up at its top.
+            const std::uint64_t flags = ((((x & ones * 0x7f) + ones * 0x7f) | x) >> 7) & ones;
+            mask |= (flags * 0x0102040810204080) >> 56 << (word * 8);
+        }
+        masks[i] = mask;
+        any |= mask;
+    }
+    return any != 0;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) bool differing_bytes_avx2(const unsigned char* a,
+                                                          const unsigned char* b,
+                                                          std::int64_t lines,
+                                                          std::uint64_t* masks) {
+    std::uint64_t any = 0;
+    const auto half = [](const unsigned char* x,
+                         const unsigned char* y) __attribute__((target("avx2"))) {
+        const __m256i equal =
+            _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)),
+                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(y)));
+        return ~static_cast<std::uint32_t>(_mm256_movemask_epi8(equal));
+    };
+    for (std::int64_t i = 0; i < lines; ++i, a += line, b += line) {
+        masks[i] = half(a, b) | static_cast<std::uint64_t>(half(a + 32, b + 32)) << 32;
+        any |= masks[i];
+    }
+    return any != 0;
+}
+
+__attribute__((target("avx512f,avx512bw"))) bool differing_bytes_avx512(const unsigned char* a,
+                                                                        const unsigned char* b,
+                                                                        std::int64_t lines,
+                                                                        std::uint64_t* masks) {
+    std::uint64_t any = 0;
+    for (std::int64_t i = 0; i < lines; ++i) {
+        masks[i] = _mm512_cmpneq_epi8_mask(_mm512_loadu_si512(a + i * line),
+                                           _mm512_loadu_si512(b + i * line));
+        any |= masks[i];
+    }
+    return any != 0;
+}
+#endif
+
+Masks pick_differing_bytes(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return differing_bytes_avx512;
+    if (isa == Isa::avx2) return differing_bytes_avx2;
+#endif
+    (void)isa;
+    return differing_bytes_scalar;
+}
+
+// Differing bytes to differing items: the bit of an item's first byte, where any of its own is set.
+template <class T>
+std::uint64_t differing_items(std::uint64_t bytes) {
+    for (std::size_t reach = 1; reach < sizeof(T); reach *= 2) bytes |= bytes >> reach;
+    constexpr std::uint64_t firsts[] = {~0ull, 0x5555555555555555, 0, 0x1111111111111111, 0, 0,
+                                        0,     0x0101010101010101};
+    return bytes & firsts[sizeof(T) - 1];
+}
+
+// What one thread notes of one piece.
+template <class T>
+struct Notes {
+    std::unique_ptr<std::int32_t[]> positions{new std::int32_t[piece]};
+    std::unique_ptr<T[]> fresh{new T[piece]}, old{new T[piece]};
+    std::int64_t count = 0;
+
+    HOTGRAFT_INLINE void add(std::int64_t i, T a, T b) {
+        positions[count] = static_cast<std::int32_t>(i);
+        fresh[count] = b;
+        old[count++] = a;
+    }
+};
+
+template <class T>
+void note(Elements<T> a, Elements<T> b, std::int64_t begin, std::int64_t end, Masks differing_bytes,
+          Notes<T>& notes) {
+    constexpr std::int64_t lines = 64;  // whose masks are taken together
+    constexpr std::int64_t items = line / sizeof(T);
+    std::uint64_t masks[lines];
+    std::int64_t i = begin;
+    while (i + items <= end) {
+        const std::int64_t here = std::min(lines, (end - i) / items);
+        if (differing_bytes((a + i).bytes, (b + i).bytes, here, masks)) {
+            for (std::int64_t l = 0; l < here; ++l) {
+                std::uint64_t left = masks[l] ? differing_items<T>(masks[l]) : 0;
+                for (; left; left &= left - 1) {
+                    const std::int64_t at =
+                        i + l * items + __builtin_ctzll(left) / static_cast<int>(sizeof(T));
+                    notes.add(at, a[at], b[at]);
+                }
+            }
+        }
+        i += here * items;
+    }
+    for (; i < end; ++i) {
+        if (a[i] != b[i]) notes.add(i, a[i], b[i]);
+    }
 }
 
 // Calls f(position, key) for the entries of [begin, end) whose bits differ, ascending, passing over
@@ -138,40 +249,56 @@ bool isa_runs_here(Isa isa) {
     return isa == Isa::best || isa == Isa::scalar;
 }
 
-std::vector<std::vector<std::int32_t>> difference(const void* a, const void* b, std::int64_t n,
-                                                  int item_size, int workers, Isa isa) {
-    std::vector<std::vector<std::int32_t>> found((n + piece - 1) / piece);
-    const auto run = [&](auto zero) {
+Difference::Difference(const void* a, const void* b, std::int64_t n, int item_size, int workers,
+                       Isa isa)
+    : item_size_(item_size), pieces_((n + piece - 1) / piece) {
+    const Masks differing_bytes = pick_differing_bytes(resolve(isa));
+    dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
-        const Elements<T> left(a);
-        const Elements<T> right(b);
-        const auto any_differs = pick_any_differs<T>(resolve(isa));
-        parallel_for(n, piece, workers, [&](std::int64_t begin, std::int64_t end, int) {
-            std::vector<std::int32_t>& here = found[begin / piece];
-            // Without a branch an item: every position is noted, and kept if the bits differ.
-            std::int32_t hits[block];
-            const auto look = [&](std::int64_t i, std::int64_t count) {
-                int n = 0;
-                for (std::int64_t j = i; j < i + count; ++j) {
-                    hits[n] = static_cast<std::int32_t>(j);
-                    n += left[j] != right[j];
-                }
-                here.insert(here.end(), hits, hits + n);
+        std::vector<std::unique_ptr<Notes<T>>> notebooks(std::max(workers, 1));
+        parallel_for(n, piece, workers, [&](std::int64_t begin, std::int64_t end, int worker) {
+            if (!notebooks[worker]) notebooks[worker].reset(new Notes<T>);
+            Notes<T>& notes = *notebooks[worker];
+            notes.count = 0;
+            note<T>(Elements<T>(a), Elements<T>(b), begin, end, differing_bytes, notes);
+            if (!notes.count) return;
+            Piece& found = pieces_[begin / piece];
+            found.count = notes.count;
+            found.data.reset(
+                new unsigned char[notes.count * (sizeof(std::int32_t) + 2 * sizeof(T))]);
+            unsigned char* to = found.data.get();
+            const auto keep = [&](const void* from, std::size_t size) {
+                std::memcpy(to, from, notes.count * size);
+                to += notes.count * size;
             };
-            std::int64_t i = begin;
-            for (; i + block <= end; i += block) {
-                if (any_differs(left + i, right + i)) look(i, block);
-            }
-            look(i, end - i);
+            keep(notes.positions.get(), sizeof(std::int32_t));
+            keep(notes.fresh.get(), sizeof(T));
+            keep(notes.old.get(), sizeof(T));
         });
-    };
-    switch (item_size) {
-        case 1: run(std::uint8_t{}); break;
-        case 2: run(std::uint16_t{}); break;
-        case 4: run(std::uint32_t{}); break;
-        default: run(std::uint64_t{}); break;
+    });
+    for (Piece& found : pieces_) {
+        found.first = count_;
+        count_ += found.count;
     }
-    return found;
+}
+
+void Difference::write(std::int32_t* positions, void* fresh, void* old, int workers) const {
+    parallel_for(static_cast<std::int64_t>(pieces_.size()), pieces_a_thread, workers,
+                 [&](std::int64_t begin, std::int64_t end, int) {
+                     for (std::int64_t i = begin; i < end; ++i) {
+                         const Piece& found = pieces_[i];
+                         const unsigned char* from = found.data.get();
+                         const auto put = [&](void* to, std::int64_t size) {
+                             if (!found.count) return;
+                             std::memcpy(static_cast<unsigned char*>(to) + found.first * size, from,
+                                         found.count * size);
+                             from += found.count * size;
+                         };
+                         put(positions, sizeof(std::int32_t));
+                         put(fresh, item_size_);
+                         put(old, item_size_);
+                     }
+                 });
 }
 
 std::int64_t count_scores(ValueType type, const void* a, const void* b, std::int64_t n, int shift,

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/value.h"
@@ -20,9 +21,26 @@ namespace hotgraft::cpu {
 enum class Isa : std::int32_t { best, scalar, avx2, avx512 };
 bool isa_runs_here(Isa isa);
 
-// Ascending positions in [0, n), n <= 2^31, at which the items' bits differ, a vector a piece.
-std::vector<std::vector<std::int32_t>> difference(const void* a, const void* b, std::int64_t n,
-                                                  int item_size, int workers, Isa isa);
+// The entries of [0, n), n <= 2^31, at which the items' bits differ, found in one read.
+class Difference {
+  public:
+    Difference(const void* a, const void* b, std::int64_t n, int item_size, int workers, Isa isa);
+
+    std::int64_t count() const { return count_; }
+    int item_size() const { return item_size_; }
+
+    // Their ascending positions, and the items of b (new) and of a (old) there; all [count].
+    void write(std::int32_t* positions, void* fresh, void* old, int workers) const;
+
+  private:
+    struct Piece {
+        std::int64_t first, count;              // which of the entries
+        std::unique_ptr<unsigned char[]> data;  // positions, new, old
+    };
+    int item_size_;
+    std::int64_t count_ = 0;
+    std::vector<Piece> pieces_;
+};
 
 constexpr int bin_bits = 16;
 

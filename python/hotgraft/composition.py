@@ -20,7 +20,7 @@ from hotgraft.errors import (
     NonFiniteError,
     OverlapError,
 )
-from hotgraft.format import DTYPES, Group, Provenance, Row
+from hotgraft.format import DTYPES, Group, Provenance, Row, empty_group
 from hotgraft.graft import Graft, Mask, bit_view
 from hotgraft.kernels import POLICIES, Merged, Source
 from hotgraft.weights import Weights, open_weights, sample
@@ -78,7 +78,7 @@ def compose(
     shapes = {row.name: row.shape for graft in ordered for row in graft.rows}
     for dtype in sorted({row.dtype for graft in ordered for row in graft.rows}):
         places, ranges = _ranges(ordered, dtype)
-        empty = Group(*(np.empty(0, t) for t in (np.int32, *[DTYPES[dtype].bits] * 2)))
+        empty = empty_group(DTYPES[dtype], 0)
         sources = [
             Source(*graft.groups.get(dtype, empty), given[i])
             for i, graft in zip(order, ordered, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -13,7 +14,17 @@ import torch
 
 from hotgraft import kernels
 from hotgraft.errors import BaseMismatchError, CoverageError, GraftError, NonFiniteError
-from hotgraft.format import BLOCK, Bits, DType, Group, Positions, Provenance, Row, blocks
+from hotgraft.format import (
+    BLOCK,
+    Bits,
+    DType,
+    Group,
+    Positions,
+    Provenance,
+    Row,
+    blocks,
+    empty_group,
+)
 from hotgraft.graft import Graft, Mask
 from hotgraft.kernels import Backend, Pair
 from hotgraft.scope import Scope, in_scope
@@ -21,6 +32,12 @@ from hotgraft.weights import Checkpoint, Tie, Weights, open_weights, sample
 
 Progress = Callable[[int, int], None]
 """Called with the elements compared so far and in all."""
+
+
+_COPIED = 1 << 20
+"""Entries up to which arrays are moved when they grow, not grown in place."""
+_UNTOUCHED = 1 << 26
+"""Entries that room is made for in advance at most: virtual memory, given back in the end."""
 
 
 class _Pairs:
@@ -107,11 +124,14 @@ def diff(
                 f"{name!r}, position {block + position}: the difference is NaN, so entries cannot "
                 "be ranked; take the exact difference (no density) or mend the checkpoint"
             ) from error
-        parts = _Parts(runner)
+        parts = _Parts(runner, eligible)
         done = total - eligible
         for (name, block), pair in zip(pairs.places, pairs, strict=True):
-            positions = runner.select([pair], None)[0] if chosen is None else next(chosen)
-            parts.add(name, left.specs[name].shape, block, pair, positions)
+            place = name, left.specs[name].shape, block
+            if chosen is None:
+                runner.difference(pair, functools.partial(parts.room, *place, pair))
+            else:
+                parts.add(*place, pair, next(chosen))
             done += len(pair.base)
             if progress is not None:
                 progress(done, total)
@@ -139,7 +159,7 @@ def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
                     f"{name!r} has shape {list(left.known[name].shape)} in the base and "
                     f"{list(mask.shape(name))} in the mask"
                 )
-        parts = _Parts(kernels.resolve())
+        parts = _Parts(kernels.resolve(), sum(prod(left.known[name].shape) for name in names))
         pairs = _Pairs(left, right, names)
         for (name, block), pair in zip(pairs.places, pairs, strict=True):
             indices = mask[name]
@@ -152,30 +172,50 @@ def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
 class _Parts:
     """Collects a graft tensor by tensor."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, elements: int) -> None:
         self._backend = backend
+        self._elements = elements
+        self._seen = 0
         self.rows: list[Row] = []
         self._groups: dict[str, Group] = {}
         self._filled: dict[str, int] = {}
 
+    def room(self, name: str, shape: tuple[int, ...], block: int, pair: Pair, count: int) -> Group:
+        """Arrays for a pair's entries, part of the graft's; to be filled before the next call."""
+        dtype = pair.dtype
+        self._seen += len(pair.base)
+        if not count:
+            return empty_group(dtype, 0)
+        group = self._groups.setdefault(dtype.name, empty_group(dtype, 0))
+        first = self._filled.get(dtype.name, 0)
+        last = self._filled[dtype.name] = first + count
+        self.rows.append(Row(name, shape, dtype.name, block, first, count))
+        if last > len(group.positions):
+            group = self._groups[dtype.name] = self._grown(group, dtype, first, last)
+        return Group(*(array[first:last] for array in group))
+
+    def _grown(self, group: Group, dtype: DType, filled: int, needed: int) -> Group:
+        """Room for more. New memory is not touched, where it can be had: that takes longest."""
+        if filled <= _COPIED:
+            expected = int(1.05 * needed * self._elements / self._seen)
+            larger = empty_group(dtype, max(needed, min(expected, _UNTOUCHED)))
+            for array, before in zip(larger, group, strict=True):
+                array[:filled] = before[:filled]
+            return larger
+        for array in group:
+            # In place (the system remaps large arrays), so that nothing is held twice.
+            array.resize(needed + needed // 8, refcheck=False)
+        return group
+
     def add(
         self, name: str, shape: tuple[int, ...], block: int, pair: Pair, positions: Positions
     ) -> None:
-        if not len(positions):
-            return
-        dtype = pair.dtype.name
-        kinds = (np.dtype(np.int32), pair.dtype.bits, pair.dtype.bits)
-        group = self._groups.setdefault(dtype, Group(*(np.empty(0, kind) for kind in kinds)))
-        first = self._filled.get(dtype, 0)
-        last = self._filled[dtype] = first + len(positions)
-        self.rows.append(Row(name, shape, dtype, block, first, len(positions)))
-        if last > len(group.positions):
-            for array in group:
-                # Grown in place (the system remaps large arrays), so nothing is held twice.
-                array.resize(last + last // 8, refcheck=False)
-        group.positions[first:last] = positions
-        self._gather(pair.finetuned, positions, pair.dtype, group.new[first:last])
-        self._gather(pair.base, positions, pair.dtype, group.old[first:last])
+        """The entries at these positions of a pair."""
+        part = self.room(name, shape, block, pair, len(positions))
+        if len(positions):
+            part.positions[:] = positions
+            self._gather(pair.finetuned, positions, pair.dtype, part.new)
+            self._gather(pair.base, positions, pair.dtype, part.old)
 
     def _gather(
         self, tensor: torch.Tensor, positions: Positions, dtype: DType, values: Bits

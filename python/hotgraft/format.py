@@ -106,6 +106,16 @@ class Group(NamedTuple):
     old: Bits
 
 
+def empty_group(dtype: DType, n: int) -> Group:
+    """Uninitialised arrays of n entries.
+
+    Example:
+        >>> empty_group(DTYPES["BF16"], 3).new.dtype
+        dtype('uint16')
+    """
+    return Group(*(np.empty(n, kind) for kind in (np.int32, dtype.bits, dtype.bits)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Provenance:
     """Where a graft comes from. It is not part of the graft's id.

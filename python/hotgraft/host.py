@@ -30,6 +30,7 @@ from hotgraft.errors import (
     UnknownSkillError,
 )
 from hotgraft.graft import Graft
+from hotgraft.kernels import POLICIES
 from hotgraft.ledger import NOTHING, Ledger, LiveSet, Skill
 from hotgraft.placement import (
     Names,
@@ -372,6 +373,8 @@ class Host:
         self._require_attached()
         if not names:
             return NOTHING
+        if len(names) == 1 and weights is None and policy in POLICIES:
+            return self._skill(names[0]).alone
         skills = tuple(self._skill(name) for name in names)
         if len(set(names)) != len(names):
             raise GraftError(f"a skill is named twice: {', '.join(names)}")
@@ -379,7 +382,7 @@ class Host:
         # -0.0 becomes 0.0: the two are equal as keys, but not as factors.
         given = tuple(w + 0.0 for w in checked_weights(grafts, policy, weights))
         if given == (1.0,):
-            return LiveSet(skills, given, "", skills[0].plan)
+            return skills[0].alone
         state = LiveSet(skills, given, policy if len(skills) > 1 else "")
         known = self._composed.get(state.key)
         if known is not None:
@@ -399,6 +402,7 @@ class Host:
         return prepared
 
     def _commit(self, target: LiveSet, block: _Block | None = None) -> None:
+        self._ledger.prefetch(target)
         self._gate.commit(functools.partial(self._switch, target, block))
 
     def _switch(self, target: LiveSet, block: _Block | None) -> None:

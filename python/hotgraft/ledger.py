@@ -30,6 +30,11 @@ class Skill:
     """The id of the graft it was loaded from."""
     plan: Plan
 
+    @functools.cached_property
+    def alone(self) -> LiveSet:
+        """This skill as it is, and no other."""
+        return LiveSet((self,), (1.0,), "", self.plan)
+
     @property
     def nnz(self) -> int:
         """Entries that it writes."""
@@ -89,6 +94,17 @@ class Ledger:
         """False after a commit that was interrupted and not undone yet."""
         return self._pending is None
 
+    def prefetch(self, target: LiveSet) -> None:
+        """Begin to bring near what committing the target will look at and write."""
+        first = None
+        for plan in (target.plan, self.live.plan):
+            if plan is not None:
+                plan.watch.prefetch()
+                launch = plan.launches[0]
+                first = launch.table, launch.old if plan is self.live.plan else launch.new
+        if first is not None:
+            self._backend.prefetch(*first)
+
     def commit(self, target: LiveSet) -> None:
         """Make the target live; on any exception what was live before is live still.
 
@@ -96,9 +112,7 @@ class Ledger:
             HostChangedError: somebody else moved or wrote the weights; nothing was written.
         """
         self.settle()
-        changes = target.key != self.live.key
-        if changes:
-            self._backend.rouse()  # its threads wake while the checks run
+        changes = target is not self.live and target.key != self.live.key
         watches = _watches(self.live, target)
         for watch in watches:
             watch.check_in_place()
@@ -109,9 +123,9 @@ class Ledger:
         # An interrupt may come between any two lines.
         self._pending = target
         try:
-            self._write(self.live.plan, target.plan)
             for watch in watches:
-                watch.bump(self._versions)
+                watch.bump(self._versions)  # first, while the checks have its counters near
+            self._write(self.live.plan, target.plan)
             self.live = target
         finally:
             self.settle()

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -166,12 +167,6 @@ struct Items {
     unsigned char* data;
 };
 
-std::vector<std::int32_t> flat(const std::vector<std::vector<std::int32_t>>& pieces) {
-    std::vector<std::int32_t> all;
-    for (const auto& piece : pieces) all.insert(all.end(), piece.begin(), piece.end());
-    return all;
-}
-
 void differences() {
     std::vector<std::int64_t> sizes(150);
     for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = static_cast<std::int64_t>(i);
@@ -186,8 +181,18 @@ void differences() {
                 wanted.push_back(static_cast<std::int32_t>(i));
             }
             for (Isa isa : instruction_sets()) {
-                const auto found = difference(a.data, b.data, n, item_size, 1 + n % 3, isa);
-                CHECK(flat(found) == wanted);
+                const int workers = static_cast<int>(1 + n % 3);
+                const Difference found(a.data, b.data, n, item_size, workers, isa);
+                CHECK(found.count() == static_cast<std::int64_t>(wanted.size()));
+                std::vector<std::int32_t> positions(wanted.size());
+                const Items fresh(found.count(), item_size, 2), old(found.count(), item_size, 3);
+                found.write(positions.data(), fresh.data, old.data, workers);
+                CHECK(positions == wanted);
+                for (std::int64_t e = 0; e < found.count(); ++e) {
+                    const std::int64_t at = std::int64_t{wanted[e]} * item_size;
+                    CHECK(!std::memcmp(fresh.data + e * item_size, b.data + at, item_size));
+                    CHECK(!std::memcmp(old.data + e * item_size, a.data + at, item_size));
+                }
             }
         }
     }
@@ -382,6 +387,35 @@ void calls_from_inside() {
     CHECK(items == 400);
 }
 
+// Whatever is hinted at, the memory may go after `drop_hints`, and the next job is done in full.
+void hints() {
+    for (int round = 0; round < 300; ++round) {
+        std::vector<int> visits(1000);
+        hint(1000, 1 + round % 50, 1 + round % 4,
+             [&visits](std::int64_t begin, std::int64_t end, int) {
+                 for (std::int64_t i = begin; i < end; ++i) ++visits[i];
+             });
+        if (round % 3 == 0) every_item_once(100, 7, 3);
+        if (round % 5 == 0) hint(10, 1, 3, [](std::int64_t, std::int64_t, int) {});
+        drop_hints();
+        for (int count : visits) CHECK(count <= 1);
+    }
+    drop_hints();
+}
+
+// Prefetching touches no cell: there need not be any.
+void prefetches() {
+    std::vector<std::int32_t> positions(70'000);
+    for (std::size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<std::int32_t>(i);
+    const Segment segments[] = {{8, 0, 30'000}, {~std::uint64_t{0} - 4096, 30'000, 40'000}};
+    const Table table{segments, 2, positions.data(), 70'000};
+    for (int item_size : {1, 2, 4, 8}) {
+        prefetch(table, item_size, nullptr, 3);
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        drop_hints();
+    }
+}
+
 // A forked child has none of the pool's threads; it must not wait for them, and nor its own child.
 void fork_safety() {
     every_item_once(500, 3, 3);
@@ -411,6 +445,8 @@ int main() {
     const std::pair<const char*, void (*)()> tests[] = {
         {"moves", moves},
         {"segments are found", segments_are_found},
+        {"hints", hints},
+        {"prefetches", prefetches},
         {"differences", differences},
         {"ties", ties},
         {"histograms", histograms},

@@ -7,7 +7,7 @@ never falls back) or by device. `reference` is the judge: every other backend gi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hotgraft.errors import BackendError
-from hotgraft.format import Bits, DType, Positions
+from hotgraft.format import Bits, DType, Group, Positions
 
 POLICIES = ("refuse", "priority", "sum", "mean", "sign")
 
@@ -26,6 +26,10 @@ class Pair(NamedTuple):
     base: torch.Tensor
     finetuned: torch.Tensor
     dtype: DType
+
+
+Room = Callable[[int], Group]
+"""Gives arrays of so many entries."""
 
 
 class Source(NamedTuple):
@@ -80,8 +84,8 @@ class Backend(Protocol):
         """Compile a table. `segments` is int64[n][3]: base address, first entry, count."""
         ...
 
-    def rouse(self) -> None:
-        """Wake the threads, if it has any, that a verb will want in a moment."""
+    def prefetch(self, table: Any, values: Bits) -> None:
+        """A hint, where the backend has a use for it, that `scatter` with these will come next."""
         ...
 
     def gather(self, table: Any, values: Bits) -> None:
@@ -94,6 +98,14 @@ class Backend(Protocol):
 
     def compare(self, table: Any, values: Bits) -> tuple[int, int]:
         """How many cells do not hold `values`, and the lowest such entry (or -1)."""
+        ...
+
+    def difference(self, pair: Pair, room: Room) -> None:
+        """The entries at which a pair's bits differ, in ascending order.
+
+        Written into what `room` gives for their number: positions, the bits of `finetuned`, and
+        those of `base`.
+        """
         ...
 
     def select(self, pairs: Iterable[Pair], k: int | None) -> list[Positions]:

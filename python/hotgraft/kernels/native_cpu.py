@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hotgraft import _native
-from hotgraft.format import Bits, DType, Positions
-from hotgraft.kernels import POLICIES, Merged, NanDifferenceError, Pair, Source
+from hotgraft.format import Bits, DType, Group, Positions, empty_group
+from hotgraft.kernels import POLICIES, Merged, NanDifferenceError, Pair, Room, Source
 
 INSTRUCTION_SETS = ("best", "scalar", "avx2", "avx512")
 SLACK = 1 << 19
@@ -41,8 +41,8 @@ class NativeCpu:
     ) -> _native.Table:
         return _native.Table(segments, positions, item_size)
 
-    def rouse(self) -> None:
-        _native.rouse(self._workers)
+    def prefetch(self, table: _native.Table, values: Bits) -> None:
+        _native.prefetch(table, values, self._workers)
 
     def gather(self, table: _native.Table, values: Bits) -> None:
         _native.gather(table, values, self._workers)
@@ -53,12 +53,15 @@ class NativeCpu:
     def compare(self, table: _native.Table, values: Bits) -> tuple[int, int]:
         return _native.compare(table, values, self._workers)
 
+    def difference(self, pair: Pair, room: Room) -> None:
+        found = _native.Difference(
+            *_addresses(pair), pair.dtype.item_size, self._workers, self._isa
+        )
+        found.write(*room(found.count), self._workers)
+
     def select(self, pairs: Iterable[Pair], k: int | None) -> list[Positions]:
         if k is None:
-            return [
-                _native.difference(*_addresses(p), p.dtype.item_size, self._workers, self._isa)
-                for p in pairs
-            ]
+            return [self._positions(pair) for pair in pairs]
         bound = self._bound(pairs, k)
         if bound is None:
             return self.select(pairs, None)
@@ -72,6 +75,16 @@ class NativeCpu:
             positions.append(here)
             keys.append(scores)
         return _keep_largest(positions, keys, k)
+
+    def _positions(self, pair: Pair) -> Positions:
+        found: list[Group] = []
+
+        def room(n: int) -> Group:
+            found.append(empty_group(pair.dtype, n))
+            return found[0]
+
+        self.difference(pair, room)
+        return found[0].positions
 
     def _bound(self, pairs: Iterable[Pair], k: int) -> tuple[int, int] | None:
         """A score's bits that the k largest reach, and how many that equal it are wanted.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from hotgraft.format import Bits, DType, Positions
-from hotgraft.kernels import Merged, NanDifferenceError, Pair, Source
+from hotgraft.kernels import Merged, NanDifferenceError, Pair, Room, Source
 
 _CELLS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
@@ -55,7 +55,7 @@ class Reference:
                 addresses.append(base + position * item_size)
         return ReferenceTable(addresses, item_size)
 
-    def rouse(self) -> None:
+    def prefetch(self, table: ReferenceTable, values: Bits) -> None:
         pass  # it has no threads
 
     def gather(self, table: ReferenceTable, values: Bits) -> None:
@@ -71,6 +71,12 @@ class Reference:
         self.gather(table, held)
         different = np.flatnonzero(held != values)
         return len(different), int(different[0]) if len(different) else -1
+
+    def difference(self, pair: Pair, room: Room) -> None:
+        base, finetuned = tensor_bits(pair.base), tensor_bits(pair.finetuned)
+        positions = np.flatnonzero(base != finetuned)
+        to = room(len(positions))
+        to.positions[:], to.new[:], to.old[:] = positions, finetuned[positions], base[positions]
 
     def select(self, pairs: Iterable[Pair], k: int | None) -> list[Positions]:
         pairs = list(pairs)

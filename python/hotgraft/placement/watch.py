@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -11,15 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hotgraft._native import first_replaced
+from hotgraft import _native
 from hotgraft.errors import HostChangedError
 from hotgraft.placement.slots import Place, Slot
 
 Counters = npt.NDArray[np.int64]
 """Autograd version counters, a cell a place of the host."""
-
-_version = attrgetter("_version")
-_address = torch.Tensor.data_ptr
 
 
 class Wiring:
@@ -31,11 +28,11 @@ class Wiring:
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self._slots = tuple(slots)
-        _, self._owners, self._keys, self._objects = zip(*self._hung(), strict=True)
+        _, self.owners, self._keys, self._objects = zip(*self._hung(), strict=True)
 
     def check(self) -> None:
         """Raises `HostChangedError` if one was replaced."""
-        at = first_replaced(self._owners, self._keys, self._objects)
+        at = _native.first_replaced(self.owners, self._keys, self._objects)
         if at >= 0:
             raise HostChangedError(
                 f"the {self._hung()[at][0]} was replaced by another object since the host was "
@@ -52,25 +49,24 @@ class Wiring:
 
 
 class Watch:
-    """The tensors that a plan writes.
-
-    A check costs some 150 ns a tensor: everything is a map over C functions.
+    """The tensors that a plan writes. A check costs some 150 ns a tensor.
 
     Args:
         slots: the parameters and buffers.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        views = [view for slot in slots for view in slot.views]
-        self._views = tuple(views)
+        self._views = tuple(view for slot in slots for view in slot.views)
+        self._wiring = Wiring(self._views)
         self._tensors = tuple(place.tensor for _, place in self._places())
-        self._wiring = Wiring(views)
-        self._addresses = list(map(_address, self._tensors))
+        self._addresses = np.array([t.data_ptr() for t in self._tensors], np.int64)
         # As long as it is held, memory is not given to another tensor: equal addresses prove that
         # nothing moved.
         self._storages = tuple(tensor.untyped_storage() for tensor in self._tensors)
+        bodies = [t._cdata for t in self._tensors] + [s._cdata for s in self._storages]
+        self._bodies = np.array(bodies, np.int64)
         # Inference tensors have no version counter: what is written to them, only verify() sees.
-        family = [place for view in views for place in view.family]
+        family = [place for view in self._views for place in view.family]
         counted = {id(p.tensor): p for p in family if not p.tensor.is_inference()}
         self._counted = tuple(place.tensor for place in counted.values())
         self.cells = np.array([place.cell for place in counted.values()], np.int64)
@@ -80,12 +76,16 @@ class Watch:
     def _places(self) -> Iterator[tuple[Slot, Place]]:
         return ((view, place) for view in self._views for place in view.places)
 
+    def prefetch(self) -> None:
+        """Begin to bring near what the checks look at."""
+        _native.prefetch_objects(self._wiring.owners, self._tensors, self._bodies)
+
     def check_in_place(self) -> None:
         """Raises `HostChangedError` if a tensor or module was replaced or a storage moved."""
         self._wiring.check()
-        if list(map(_address, self._tensors)) != self._addresses:
-            moved = zip(self._places(), self._addresses, strict=True)
-            slot = next(s for (s, p), address in moved if p.tensor.data_ptr() != address)
+        at = _native.first_moved(self._tensors, self._addresses)
+        if at >= 0:
+            slot, _ = next(itertools.islice(self._places(), at, None))
             raise HostChangedError(
                 f"the storage of {slot.name!r} was moved since the host was attached "
                 "(model.to(...), .data = ...); detach(force=True) and attach again"
@@ -93,15 +93,14 @@ class Watch:
 
     def check_unwritten(self, expected: Counters) -> None:
         """Raises `HostChangedError` if a counter is not the expected one."""
-        found, wanted = self.versions(), expected[self.cells]
-        if np.array_equal(found, wanted):
+        at = _native.first_written(self._counted, expected, self.cells)
+        if at < 0:
             return
-        at = int(np.flatnonzero(found != wanted)[0])
-        writer = self._counted[at]
+        writer, wanted = self._counted[at], int(expected[self.cells[at]])
         name = next(s.name for s, _ in self._places() if any(p.tensor is writer for p in s.family))
         raise HostChangedError(
-            f"somebody wrote to {name!r} (its version went from {int(wanted[at])} to "
-            f"{int(found[at])}): an optimiser step, load_state_dict, ...? host.verify() looks "
+            f"somebody wrote to {name!r} (its version went from {wanted} to {writer._version}): "
+            "an optimiser step, load_state_dict, ...? host.verify() looks "
             "whether the entries still hold what they should and then goes on; host.adopt() takes "
             "the weights as they are for the new base"
         )
@@ -114,13 +113,13 @@ class Watch:
         """Count a write in the tensors' version counters, as torch's own in-place writes do."""
         torch.autograd.graph.increment_version(self._counted)
         if self._alone:
-            expected[self.cells] += 1
+            _native.count_writes(expected, self.cells)
         else:
             self.record(expected)
 
     def versions(self) -> Counters:
         """The counters as they are."""
-        return np.fromiter(map(_version, self._counted), np.int64, len(self._counted))
+        return _native.versions(self._counted)
 
 
 _watches: WeakValueDictionary[tuple[Slot, ...], Watch] = WeakValueDictionary()
