@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import factories
 import torch
@@ -84,6 +85,12 @@ class Workshop:
 
     def is_b(self) -> bool:
         return holds(self.model, self.with_b)
+
+
+def use(host: Host, backend: Any) -> None:
+    """Give a host another backend on every device."""
+    for device in host._backends:
+        host._backends[device] = backend
 
 
 def single(

@@ -63,10 +63,10 @@ def test_composed_plans_are_kept_and_bounded() -> None:
         shop.host.load(single("first.bias", shop.base["first.bias"], [0], [i]), name=f"n{i}")
         shop.host.activate(f"n{i}", "a", policy="priority")
     assert len({id(plan) for plan in plans}) == 1  # used again and again, so never thrown out
-    assert len(shop.host._composed) == 16
+    assert len(shop.host._composer) == 16
     shop.host.deactivate()
     shop.host.unload("a")
-    assert not shop.host._composed
+    assert not len(shop.host._composer)
 
 
 def test_an_unknown_skill_lists_the_known() -> None:

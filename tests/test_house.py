@@ -39,7 +39,9 @@ LAYERS = [
     {"scope"},
     {"difference", "composition", "placement"},
     {"gate"},
+    {"streams"},
     {"ledger"},
+    {"composer"},
     {"host"},
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},

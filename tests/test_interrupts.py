@@ -13,7 +13,7 @@ import factories
 import numpy as np
 import pytest
 import torch
-from hosts import Workshop, versions
+from hosts import Workshop, use, versions
 from hotgraft import kernels
 from hotgraft.errors import HostChangedError, OverlapError
 
@@ -50,10 +50,10 @@ def test_a_scatter_that_breaks_off_in_the_middle(fail_at: int, error: type[BaseE
     shop.host.activate("a")
     assert len(shop.host.skills["a"].plan.launches) == 3  # item sizes 2, 4 and 8
     real = shop.host._backend
-    shop.host._ledger._backend = Failing(fail_at, error)
+    use(shop.host, Failing(fail_at, error))
     with pytest.raises(error, match="broken off"):
         shop.host.activate("b")
-    shop.host._ledger._backend = real
+    use(shop.host, real)
     assert shop.is_a()
     assert shop.host.active == ("a",)
     shop.host.verify()
@@ -67,14 +67,14 @@ def test_a_backend_that_stays_broken_lets_no_pass_in_until_it_works() -> None:
     shop = Workshop()
     real = shop.host._backend
     broken = Failing(1, RuntimeError)
-    shop.host._ledger._backend = broken
+    use(shop.host, broken)
     broken.scatter = lambda *_: broken_off()
     with pytest.raises(RuntimeError):
         shop.host.activate("a")
     with pytest.raises(RuntimeError):
         shop.model(torch.ones(6))
     assert shop.host._gate.passes == 0
-    shop.host._ledger._backend = real
+    use(shop.host, real)
     shop.model(torch.ones(6))
     assert shop.is_base()
 
@@ -222,15 +222,15 @@ def test_failed_loads_leave_everything_as_it_was() -> None:
     with pytest.raises(OverlapError):
         shop.host.activate("a", "b")
     real = shop.host._backend
-    for verb in ("table", "compare"):
+    for verb in ("prepare", "compare"):
         broken = Failing(-1, RuntimeError)
         setattr(broken, verb, lambda *_: broken_off())
-        shop.host._backend = shop.host._ledger._backend = broken
+        use(shop.host, broken)
         with pytest.raises(RuntimeError, match="broken off"):
             shop.host.load(shop.b, name="c")
         with pytest.raises(RuntimeError, match="broken off"):
             shop.host.load(shop.a, name="b", replace=True)
-        shop.host._backend = shop.host._ledger._backend = real
+        use(shop.host, real)
     assert list(shop.host.skills) == ["a", "b"]
     assert shop.host.skills["b"].id == shop.b.id
     assert versions(shop.model) == before
@@ -257,7 +257,7 @@ def test_a_skill_that_leaves_between_preparing_and_committing() -> None:
 
 def test_a_write_by_others_is_not_mistaken_for_an_interrupt() -> None:
     shop = Workshop()
-    shop.host._ledger._backend = Failing(2, KeyboardInterrupt)
+    use(shop.host, Failing(2, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         shop.host.activate("a")
     with torch.no_grad():

@@ -7,7 +7,7 @@ from agreement import BACKENDS, check_select, selection
 from factories import from_bits, random_bits, specials
 from hotgraft import _native
 from hotgraft.format import DTYPES, DType
-from hotgraft.kernels import NanDifferenceError, Pair, native_cpu
+from hotgraft.kernels import NanDifferenceError, Pair, native_cpu, ranking
 from hotgraft.kernels.reference import BACKEND as REFERENCE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +47,7 @@ def random_pairs(draw: st.DrawFn) -> list[Pair]:
 @given(random_pairs(), st.integers(1, 300) | st.none(), st.sampled_from([0, 3, 1 << 19]))
 def test_select_agrees(backend, pairs, k, slack):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_cpu, "SLACK", slack)
+        patch.setattr(ranking, "SLACK", slack)
         check_select(backend, pairs, k)
 
 
@@ -81,7 +81,7 @@ def tied_pairs(draw: st.DrawFn) -> list[Pair]:
 @given(tied_pairs(), st.integers(1, 300), st.sampled_from([0, 0, 1, 20, 1 << 19]))
 def test_ties_go_to_the_earlier_tensor_then_the_lower_position(backend, pairs, k, slack):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_cpu, "SLACK", slack)
+        patch.setattr(ranking, "SLACK", slack)
         check_select(backend, pairs, k)
 
 
@@ -117,7 +117,7 @@ def test_the_result_has_exactly_k_entries_and_they_are_the_largest(backend, dtyp
 @pytest.mark.parametrize("backend", BACKENDS[::2])
 @pytest.mark.parametrize("slack", [0, 1 << 19])
 def test_ties_are_counted_across_windows_and_threads(backend, slack, monkeypatch):
-    monkeypatch.setattr(native_cpu, "SLACK", slack)
+    monkeypatch.setattr(ranking, "SLACK", slack)
     base = np.zeros(2 * WINDOW + 5, np.uint8)
     fresh = base.copy()
     ties = np.r_[:40, PIECE - 3 : PIECE + 3, WINDOW - 5 : WINDOW + 5, 2 * WINDOW - 2 : len(base)]
@@ -130,7 +130,7 @@ def test_ties_are_counted_across_windows_and_threads(backend, slack, monkeypatch
 
 def test_each_digit_of_the_score_can_decide(monkeypatch):
     """Scores that agree up to the 1st, 2nd or 3rd 16 bits are told apart by the next ones."""
-    monkeypatch.setattr(native_cpu, "SLACK", 0)
+    monkeypatch.setattr(ranking, "SLACK", 0)
     reads = []
     count_scores = _native.count_scores
 
@@ -160,7 +160,7 @@ def test_a_full_boundary_bin_costs_another_read_only_beyond_the_slack(monkeypatc
 
     monkeypatch.setattr(_native, "collect", recorded)
     for slack in (39, 40):
-        monkeypatch.setattr(native_cpu, "SLACK", slack)
+        monkeypatch.setattr(ranking, "SLACK", slack)
         assert native_cpu.BACKEND.select(pairs, 10)[0].tolist() == list(range(10))
     assert [ties for _, ties in collected] == [10, 1 << 62]
 

@@ -19,6 +19,7 @@ class Idle:
     """A backend whose scatter does nothing."""
 
     name = "idle"
+    exchanges = False
 
     def prefetch(self, table: Any, values: Any) -> None:
         """Do nothing."""
@@ -31,7 +32,7 @@ def run(session: Session) -> None:
     """The case."""
     shape = shapes.SHAPES[session.pick("1.3B", "tiny")]
     work = workload(shapes.model(shape), session.pick(131_019, 2000))
-    ledger, backend = work.host._ledger, work.host._backend
+    backends, backend = work.host._backends, work.host._backend
     (launch,) = work.host.skills["A"].plan.launches
     whole = hotgraft_way(work)
     whole.steps = {ACTIVATE: whole.steps[ACTIVATE], DEACTIVATE: whole.steps[DEACTIVATE]}
@@ -47,9 +48,10 @@ def run(session: Session) -> None:
     )
     rounds = session.pick(300, 10)
     # The idle scatter leaves the base where the ledger takes the patch to be; going back mends it.
-    ledger._backend = Idle()  # type: ignore[assignment]
+    (device,) = backends
+    backends[device] = Idle()  # type: ignore[assignment]
     take_turns([idle], rounds, cold=False)
-    ledger._backend = backend
+    backends[device] = backend
     take_turns([whole, native], rounds, cold=False)
     parameters = {
         "shape": shape.name,

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from hotgraft.errors import (
 from hotgraft.format import DTYPES, Group, Provenance, Row, empty_group
 from hotgraft.graft import Graft, Mask, bit_view
 from hotgraft.kernels import POLICIES, Merged, Source
+from hotgraft.kernels.device import DeviceMerged
 from hotgraft.weights import Weights, open_weights, sample
 
 
@@ -62,39 +63,105 @@ def compose(
         >>> compose([one(3.0), one(4.0)], policy="sum")["w"].new.tolist()
         [6.0]
     """
-    given = checked_weights(grafts, policy, weights)
-    labels = list(labels) if labels is not None else [f"graft {i}" for i in range(len(grafts))]
-    # Sums run in the order of ids, so they do not depend on the order of the arguments.
-    keys = [graft.id for graft in grafts] if ids is None else list(ids)
-    order = sorted(range(len(grafts)), key=lambda i: (keys[i], i))
-    ordered = [grafts[i] for i in order]
-    names = [labels[i] for i in order]
-    _check_agreement(ordered, names, policy, [given[i] for i in order])
-
+    meeting = Meeting.arrange(grafts, policy, weights, labels, ids)
     runner = kernels.resolve(backend)
     rows: list[Row] = []
     groups = {}
-    found: list[tuple[Merged, list[tuple[str, int]]]] = []
-    shapes = {row.name: row.shape for graft in ordered for row in graft.rows}
-    for dtype in sorted({row.dtype for graft in ordered for row in graft.rows}):
-        places, ranges = _ranges(ordered, dtype)
+    found = []
+    for dtype in meeting.dtypes:
+        places, ranges = meeting.ranges(dtype)
         empty = empty_group(DTYPES[dtype], 0)
         sources = [
-            Source(*graft.groups.get(dtype, empty), given[i])
-            for i, graft in zip(order, ordered, strict=True)
+            Source(*graft.groups.get(dtype, empty), weight)
+            for graft, weight in zip(meeting.grafts, meeting.weights, strict=True)
         ]
-        merged = runner.merge(sources, ranges, DTYPES[dtype], policy, order)
+        merged = runner.merge(sources, ranges, DTYPES[dtype], policy, meeting.order)
         found.append((merged, places))
-        firsts = np.cumsum(merged.counts) - merged.counts
-        for (name, block), first, count in zip(
-            places, firsts.tolist(), merged.counts.tolist(), strict=True
-        ):
-            rows.append(Row(name, shapes[name], dtype, block, first, count))
+        rows += meeting.rows(dtype, places, merged.counts)
         groups[dtype] = Group(merged.positions, merged.new, merged.old)
-    _check_merged(found, names)
+    check_merged(found, meeting.labels)
     rows.sort(key=lambda row: (row.name, row.block))
-    provenance = _provenance(ordered, sum(row.count for row in rows))
+    provenance = meeting.provenance(sum(row.count for row in rows))
     return Graft(rows, groups, provenance, owned=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """Grafts that are about to be merged, in the order of ids: sums do not depend on another."""
+
+    grafts: Sequence[Graft]
+    labels: Sequence[str]
+    weights: Sequence[float]
+    order: Sequence[int]
+    """Where each was named: the highest wins under `priority`."""
+
+    @classmethod
+    def arrange(
+        cls,
+        grafts: Sequence[Graft],
+        policy: str,
+        weights: Sequence[float] | None,
+        labels: Sequence[str] | None,
+        ids: Sequence[str] | None,
+    ) -> Meeting:
+        """Check what can be checked before entries meet. Arguments and errors as in `compose`."""
+        given = checked_weights(grafts, policy, weights)
+        called = list(labels) if labels is not None else [f"graft {i}" for i in range(len(grafts))]
+        keys = [graft.id for graft in grafts] if ids is None else list(ids)
+        order = sorted(range(len(grafts)), key=lambda i: (keys[i], i))
+        meeting = cls(
+            [grafts[i] for i in order], [called[i] for i in order], [given[i] for i in order], order
+        )
+        _check_agreement(meeting.grafts, meeting.labels, policy, meeting.weights)
+        return meeting
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes that any of them has."""
+        return sorted({row.dtype for graft in self.grafts for row in graft.rows})
+
+    def ranges(self, dtype: str) -> tuple[list[tuple[str, int]], npt.NDArray[np.int64]]:
+        """The (name, block) of the union's rows, and where each lies in each graft."""
+        found = [
+            {(r.name, r.block): (r.first, r.count) for r in graft.rows if r.dtype == dtype}
+            for graft in self.grafts
+        ]
+        return meet(found)
+
+    def rows(
+        self, dtype: str, places: Sequence[tuple[str, int]], counts: npt.NDArray[np.int64]
+    ) -> list[Row]:
+        """The union's rows."""
+        shapes = {row.name: row.shape for graft in self.grafts for row in graft.rows}
+        firsts = np.cumsum(counts) - counts
+        return [
+            Row(name, shapes[name], dtype, block, first, count)
+            for (name, block), first, count in zip(
+                places, firsts.tolist(), counts.tolist(), strict=True
+            )
+        ]
+
+    def provenance(self, entries: int) -> Provenance:
+        """Where the union comes from."""
+        return _provenance(self.grafts, entries)
+
+
+def meet(
+    found: Sequence[Mapping[tuple[str, int], tuple[int, int]]],
+) -> tuple[list[tuple[str, int]], npt.NDArray[np.int64]]:
+    """Every place that somebody has, and int64[places][k][2]: first and count in each.
+
+    Example:
+        >>> meet([{("a", 0): (0, 3)}, {("b", 0): (5, 2)}])[1].tolist()
+        [[[0, 3], [0, 0]], [[0, 0], [5, 2]]]
+    """
+    places = sorted(set(itertools.chain(*found)))
+    ranges = np.zeros((len(places), len(found), 2), np.int64)
+    for i, place in enumerate(places):
+        for j, rows in enumerate(found):
+            if place in rows:
+                ranges[i, j] = rows[place]
+    return places, ranges
 
 
 def checked_weights(
@@ -155,22 +222,8 @@ def _check_agreement(
                 )
 
 
-def _ranges(
-    grafts: Sequence[Graft], dtype: str
-) -> tuple[list[tuple[str, int]], npt.NDArray[np.int64]]:
-    """The (name, block) of the union's rows, and where each lies in each graft."""
-    found = [{(r.name, r.block): r for r in graft.rows if r.dtype == dtype} for graft in grafts]
-    places = sorted(set(itertools.chain(*found)))
-    ranges = np.zeros((len(places), len(grafts), 2), np.int64)
-    for i, place in enumerate(places):
-        for j, rows in enumerate(found):
-            if place in rows:
-                ranges[i, j] = rows[place].first, rows[place].count
-    return places, ranges
-
-
-def _check_merged(
-    merged: Sequence[tuple[Merged, list[tuple[str, int]]]], labels: Sequence[str]
+def check_merged(
+    merged: Sequence[tuple[Merged | DeviceMerged, list[tuple[str, int]]]], labels: Sequence[str]
 ) -> None:
     """Raise what stood in the way, counted over all dtypes. Each comes with its rows' places."""
 

@@ -27,6 +27,7 @@ from hotgraft.format import (
 )
 from hotgraft.graft import Graft, Mask
 from hotgraft.kernels import Backend, Pair
+from hotgraft.kernels.device import DeviceBackend
 from hotgraft.scope import Scope, in_scope
 from hotgraft.weights import Checkpoint, Tie, Weights, open_weights, sample
 
@@ -173,7 +174,8 @@ class _Parts:
     """Collects a graft tensor by tensor."""
 
     def __init__(self, backend: Backend, elements: int) -> None:
-        self._backend = backend
+        # Both models are read into the CPU's memory, wherever they are compared.
+        self._backend = kernels.resolve("cpu") if isinstance(backend, DeviceBackend) else backend
         self._elements = elements
         self._seen = 0
         self.rows: list[Row] = []

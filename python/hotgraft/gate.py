@@ -57,7 +57,8 @@ class Gate:
     a C function; `threading.Condition` and context managers written in Python are not safe.
 
     Args:
-        before_pass: called as a pass enters, while no commit runs.
+        before_pass: called as a pass enters, while no commit runs; not where one is nested.
+        on_entry: called as any pass or hold enters.
 
     Example:
         >>> gate = Gate()
@@ -66,8 +67,13 @@ class Gate:
         1
     """
 
-    def __init__(self, before_pass: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        before_pass: Callable[[], object] = lambda: None,
+        on_entry: Callable[[], object] = lambda: None,
+    ) -> None:
         self._before_pass = before_pass
+        self._on_entry = on_entry
         self._front = threading.Lock()  # new holds go through; a commit keeps it
         self._turnstile = threading.Lock()  # new passes go through; a commit keeps it, taken second
         self._mutex = threading.RLock()  # the garbage collector may close a hold inside it
@@ -92,6 +98,7 @@ class Gate:
         # Entering is inside the try: an interrupt between the two would otherwise leave it entered.
         try:
             self._enter(token)
+            self._on_entry()
             return work(*args, **kwargs)
         finally:
             if self._forget(token, None) is not None:
@@ -103,6 +110,7 @@ class Gate:
         token = object()
         try:
             self._enter_hold(token)
+            self._on_entry()
             yield
         finally:
             if self._let_go(token, None) is not None:

@@ -10,8 +10,7 @@ import json
 import os
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,7 +18,8 @@ import torch
 
 from hotgraft import gate as gates
 from hotgraft import kernels
-from hotgraft.composition import checked_weights, compose
+from hotgraft.composer import Composer
+from hotgraft.composition import checked_weights
 from hotgraft.errors import (
     AdoptWarning,
     GateError,
@@ -40,11 +40,9 @@ from hotgraft.placement import (
     fit,
     refuse_nonfinite,
 )
+from hotgraft.streams import Streams
 
 __all__ = ["Host", "Skill", "attach"]
-
-COMPOSED_PLANS = 16
-"""Plans of composed sets that a host keeps for the next time."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,24 +80,31 @@ class Host:
         *,
         base_id: str | None = None,
         backend: str | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         root = getattr(model, "_orig_mod", model)  # a torch.compile wrapper adds a prefix to names
         self._model = root
         self._slots = find_slots(root)
         if not self._slots:
             raise GraftError(f"{type(model).__name__} has no parameters: nothing to graft into")
-        devices = [slot.tensor.device.type for slot in self._slots.values()]
-        self._backend = kernels.resolve(
-            backend, next((device for device in devices if device != "meta"), "cpu")
-        )
+        devices = dict.fromkeys(slot.tensor.device for slot in self._slots.values())
+        devices.pop(torch.device("meta"), None)
+        self._streams = Streams(devices, stream)
+        self._backends = {
+            device: kernels.resolve(
+                backend, device, stream if stream is not None and stream.device == device else None
+            )
+            for device in devices or [torch.device("cpu")]
+        }
+        self._backend = next(iter(self._backends.values()))  # for work that no device is told for
         self._base_id = base_id
         # Taken in this order: the gate, then the lock. The lock guards all that follows, and is
         # held for short: who composes or compiles does not hold it.
-        self._gate = gates.Gate(self._settle)
+        self._gate = gates.Gate(self._settle, self._streams.order_entry)
         self._lock = threading.RLock()
         self._skills: dict[str, Skill] = {}
-        self._composed: OrderedDict[Hashable, LiveSet] = OrderedDict()
-        self._ledger = Ledger(self._slots, self._backend)
+        self._composer = Composer(self._slots, self._backends)
+        self._ledger = Ledger(self._slots, self._backends, self._streams)
         self._blocks: list[_Block] = []  # the open `using` blocks, the outermost first
         compiled = root is not model
         self._remove_gates = [gates.install(root, self._gate, inner=compiled)]
@@ -360,12 +365,10 @@ class Host:
 
     def _retire(self, skill: Skill) -> None:
         self._ledger.stop_watching(skill.plan.watch)
-        for state in list(self._composed.values()):
-            if skill in state.skills:
-                del self._composed[state.key]
+        self._composer.forget(skill)
 
     def _compile(self, graft: Graft) -> Plan:
-        return compile_plan(graft, self._slots, self._backend)
+        return compile_plan(graft, self._slots, self._backends)
 
     def _prepare(
         self, names: Sequence[str], policy: str, weights: Sequence[float] | None
@@ -383,23 +386,7 @@ class Host:
         given = tuple(w + 0.0 for w in checked_weights(grafts, policy, weights))
         if given == (1.0,):
             return skills[0].alone
-        state = LiveSet(skills, given, policy if len(skills) > 1 else "")
-        known = self._composed.get(state.key)
-        if known is not None:
-            plan = known.plan
-        else:
-            merged = compose(
-                grafts, policy, given,
-                labels=names, ids=[skill.id for skill in skills], backend=self._backend.name,
-            )  # fmt: skip
-            plan = self._compile(merged)
-        prepared = dataclasses.replace(state, plan=plan)
-        with self._lock:
-            self._composed[prepared.key] = prepared
-            self._composed.move_to_end(prepared.key)
-            if len(self._composed) > COMPOSED_PLANS:
-                self._composed.popitem(last=False)
-        return prepared
+        return self._composer.prepare(LiveSet(skills, given, policy if len(skills) > 1 else ""))
 
     def _commit(self, target: LiveSet, block: _Block | None = None) -> None:
         self._ledger.prefetch(target)
@@ -467,7 +454,7 @@ class Host:
             self._remove_gates.clear()
             self._blocks.clear()
             self._skills.clear()
-            self._composed.clear()
+            self._composer.forget()
             self._ledger.forget()
 
     @gates.untraced
@@ -478,7 +465,11 @@ class Host:
 
 
 def attach(
-    model: torch.nn.Module, *, base_id: str | None = None, backend: str | None = None
+    model: torch.nn.Module,
+    *,
+    base_id: str | None = None,
+    backend: str | None = None,
+    stream: torch.cuda.Stream | None = None,
 ) -> Host:
     """Make a model a host for grafts.
 
@@ -486,13 +477,16 @@ def attach(
     is where it should be (`model.to(...)` moves storage).
 
     Args:
-        model: any module on the CPU, a `torch.compile`d one included.
+        model: any module, a `torch.compile`d one included, on the CPU or on one or more devices.
         base_id: `hotgraft.fingerprint` of its weights, needed only for `host.digest`.
         backend: a backend's name (`hotgraft doctor` lists them), to use it and no other.
+        stream: the CUDA stream that commits are enqueued on; by default the one that is current
+            at each. Passes on other streams are put into order by events.
 
     Raises:
-        BackendError: the backend asked for, or one for the model's device, is not there.
+        BackendError: the backend asked for, or one for the model's device, is not there; or the
+            stream is another device's.
         GateError: a host is attached to the model already.
         GraftError: it has no parameters.
     """
-    return Host(model, base_id=base_id, backend=backend)
+    return Host(model, base_id=base_id, backend=backend, stream=stream)

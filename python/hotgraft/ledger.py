@@ -9,15 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from hotgraft.errors import BaseMismatchError, HostChangedError
-from hotgraft.format import Bits
 from hotgraft.gate import untraced
-from hotgraft.kernels import Backend
-from hotgraft.placement import Plan, Slot, Watch, Wiring, expected_bits
+from hotgraft.placement import (
+    Backends,
+    Launch,
+    Plan,
+    Slot,
+    Watch,
+    Wiring,
+    expected_bits,
+    share_cells,
+)
+from hotgraft.streams import Streams
 from hotgraft.weights import fingerprint
 
 
@@ -75,12 +85,15 @@ class Ledger:
 
     Args:
         slots: the host's parameters and buffers by name.
-        backend: what carries out the writes.
+        backends: what carries out the writes, on each device.
+        streams: the order of the devices' streams.
     """
 
-    def __init__(self, slots: Mapping[str, Slot], backend: Backend) -> None:
+    def __init__(self, slots: Mapping[str, Slot], backends: Backends, streams: Streams) -> None:
         self._slots = slots
-        self._backend = backend
+        self._backends = backends
+        self._streams = streams
+        self._apart: WeakKeyDictionary[Plan, WeakKeyDictionary[Plan, bool]] = WeakKeyDictionary()
         self.live = NOTHING
         self._pending: LiveSet | None = None  # set while a commit writes
         self._versions = np.zeros(len(slots), np.int64)  # the counters as they should be
@@ -101,9 +114,11 @@ class Ledger:
             if plan is not None:
                 plan.watch.prefetch()
                 launch = plan.launches[0]
-                first = launch.table, launch.old if plan is self.live.plan else launch.new
+                first = launch, launch.old if plan is self.live.plan else launch.new
         if first is not None:
-            self._backend.prefetch(*first)
+            launch, values = first
+            self._backends[launch.device].prefetch(launch.table, values)
+        self._find_apart(self.live.plan, target.plan)
 
     def commit(self, target: LiveSet) -> None:
         """Make the target live; on any exception what was live before is live still.
@@ -120,6 +135,7 @@ class Ledger:
         if not changes:
             self.live = target  # the same bits, though the names may come in another order
             return
+        self._streams.order_commit()
         # An interrupt may come between any two lines.
         self._pending = target
         try:
@@ -146,12 +162,29 @@ class Ledger:
         self.live, self._pending = NOTHING, None
 
     def _write(self, leaving: Plan | None, entering: Plan | None) -> None:
-        if leaving is not None:
-            for launch in leaving.launches:
-                self._backend.scatter(launch.table, launch.old)
-        if entering is not None:
-            for launch in entering.launches:
-                self._backend.scatter(launch.table, launch.new)
+        for old, new in _paired(leaving, entering):
+            if old is not None and new is not None and self._known_apart(leaving, entering):
+                self._backends[old.device].exchange((old.table, old.old), (new.table, new.new))
+                continue
+            if old is not None:
+                self._backends[old.device].scatter(old.table, old.old)
+            if new is not None:
+                self._backends[new.device].scatter(new.table, new.new)
+        self._streams.note_commit()
+
+    def _find_apart(self, leaving: Plan | None, entering: Plan | None) -> None:
+        """Find out whether two plans share a cell, where one launch can then write both."""
+        if leaving is None or entering is None or not (leaving.at_hand and entering.at_hand):
+            return
+        if any(self._backends[launch.device].exchanges for launch in entering.launches):
+            known = self._apart.setdefault(leaving, WeakKeyDictionary())
+            if entering not in known:
+                known[entering] = not share_cells(leaving, entering)
+
+    def _known_apart(self, leaving: Plan | None, entering: Plan | None) -> bool:
+        if leaving is None or entering is None or leaving not in self._apart:
+            return False
+        return self._apart[leaving].get(entering, False)
 
     # ---- watching ------------------------------------------------------------------------------
 
@@ -195,12 +228,17 @@ class Ledger:
         if base_id is not None:
             self._check_whole_base(base_id)
         self.trust(plans.values())
-        return sum(plan.graft.nnz for plan in (live, *plans.values()) if plan is not None)
+        return sum(plan.nnz for plan in (live, *plans.values()) if plan is not None)
 
     def check_base(self, plan: Plan, label: str) -> None:
         """Raises `BaseMismatchError` unless the base, without what is live, holds the old bits."""
         plan.watch.check_in_place()
-        self._compare(plan, expected_bits(plan, self.live.plan, label), label)
+        expected = expected_bits(plan, self.live.plan, label)
+        wanted = [
+            launch.old if bits is None else self._backends[launch.device].values(bits)
+            for launch, bits in zip(plan.launches, expected, strict=True)
+        ]
+        self._compare(plan, wanted, label)
 
     def fits_memory(self, plan: Plan) -> bool:
         """Whether memory as it is now holds the plan's old bits.
@@ -209,7 +247,8 @@ class Ledger:
             HostChangedError: a tensor was moved.
         """
         plan.watch.check_in_place()
-        return not any(self._backend.compare(x.table, x.old)[0] for x in plan.launches)
+        self._streams.order_entry()
+        return not any(self._backends[x.device].compare(x.table, x.old)[0] for x in plan.launches)
 
     def _check_whole_base(self, base_id: str) -> None:
         Wiring(dict.fromkeys(self._slots.values())).check()
@@ -220,17 +259,22 @@ class Ledger:
                 "written; host.adopt() takes them for the new base"
             )
 
-    def _compare(self, plan: Plan, wanted: Sequence[Bits], label: str) -> None:
+    def _compare(self, plan: Plan, wanted: Sequence[Any], label: str) -> None:
+        """Raises `BaseMismatchError` unless the cells of each launch hold the wanted values."""
+        self._streams.order_entry()
         for launch, values in zip(plan.launches, wanted, strict=True):
-            count, first = self._backend.compare(launch.table, values)
+            backend = self._backends[launch.device]
+            count, first = backend.compare(launch.table, values)
             if count:
                 name, position = plan.locate(launch, first)
-                held = np.empty_like(values)
-                self._backend.gather(launch.table, held)
+                bits = np.dtype(f"u{launch.table.item_size}")
+                sought = backend.read(values, bits)
+                held = backend.values(np.zeros_like(sought))
+                backend.gather(launch.table, held)
                 raise BaseMismatchError(
-                    f"{label} does not fit: {count} of {len(values)} entries differ, first "
-                    f"{name!r}, position {position}: found bits {int(held[first]):#x}, wanted "
-                    f"{int(values[first]):#x}"
+                    f"{label} does not fit: {count} of {len(sought)} entries differ, first "
+                    f"{name!r}, position {position}: found bits "
+                    f"{int(backend.read(held, bits)[first]):#x}, wanted {int(sought[first]):#x}"
                 )
 
 
@@ -248,11 +292,27 @@ class _Base(dict[str, torch.Tensor]):
             return super().__getitem__(name)
         home, entries = slot.home.tensor.detach(), self._live.graft[slot.home.name]
         copy = home.clone(memory_format=torch.contiguous_format)
-        copy.view(-1)[entries.indices] = entries.old
+        copy.view(-1)[entries.indices.to(home.device)] = entries.old.to(home.device)
         if slot.home is slot:
             return copy
         offset = (slot.tensor.data_ptr() - home.data_ptr()) // copy.element_size()
         return copy.as_strided(slot.shape, slot.tensor.stride(), offset)
+
+
+def _paired(
+    leaving: Plan | None, entering: Plan | None
+) -> list[tuple[Launch | None, Launch | None]]:
+    """The launches of each device and item size, of both plans."""
+    if leaving is None or entering is None:
+        return [(launch, None) for launch in (leaving.launches if leaving else ())] + [
+            (None, launch) for launch in (entering.launches if entering else ())
+        ]
+    pairs: dict[tuple[torch.device, int], list[Launch | None]] = {}
+    for at, plan in enumerate((leaving, entering)):
+        for launch in plan.launches:
+            key = launch.device, launch.table.item_size
+            pairs.setdefault(key, [None, None])[at] = launch
+    return [(old, new) for old, new in pairs.values()]
 
 
 def _watches(*states: LiveSet) -> list[Watch]:

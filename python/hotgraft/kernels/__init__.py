@@ -28,6 +28,25 @@ class Pair(NamedTuple):
     dtype: DType
 
 
+class Part(NamedTuple):
+    """What one table writes, on its way to where the backend wants it."""
+
+    segments: npt.NDArray[np.int64]
+    """int64[n][3]: base address, first entry, count."""
+    positions: Positions
+    new: Bits
+    old: Bits
+    item_size: int
+
+
+class Loaded(NamedTuple):
+    """The same, ready for the verbs: a table, and values as `Backend.values` gives them."""
+
+    table: Any
+    new: Any
+    old: Any
+
+
 Room = Callable[[int], Group]
 """Gives arrays of so many entries."""
 
@@ -79,24 +98,42 @@ class Backend(Protocol):
     """The verbs. All are exact: two backends differ in no bit."""
 
     name: str
+    exchanges: bool
+    """Whether `exchange` is faster than two scatters."""
+
+    def prepare(self, parts: Sequence[Part]) -> list[Loaded]:
+        """Bring tables and values where the verbs want them; all at once, for that is faster."""
+        ...
 
     def table(self, segments: npt.NDArray[np.int64], positions: Positions, item_size: int) -> Table:
         """Compile a table. `segments` is int64[n][3]: base address, first entry, count."""
         ...
 
-    def prefetch(self, table: Any, values: Bits) -> None:
+    def values(self, bits: Bits) -> Any:
+        """Bits as the verbs want them."""
+        ...
+
+    def read(self, values: Any, bits: np.dtype[np.unsignedinteger[Any]]) -> Bits:
+        """Values as numpy has them."""
+        ...
+
+    def prefetch(self, table: Any, values: Any) -> None:
         """A hint, where the backend has a use for it, that `scatter` with these will come next."""
         ...
 
-    def gather(self, table: Any, values: Bits) -> None:
+    def gather(self, table: Any, values: Any) -> None:
         """Copy the table's cells into `values`."""
         ...
 
-    def scatter(self, table: Any, values: Bits) -> None:
+    def scatter(self, table: Any, values: Any) -> None:
         """Copy `values` into the table's cells."""
         ...
 
-    def compare(self, table: Any, values: Bits) -> tuple[int, int]:
+    def exchange(self, leaving: tuple[Any, Any], entering: tuple[Any, Any]) -> None:
+        """Scatter two tables' values; the tables share no cell and have items of one size."""
+        ...
+
+    def compare(self, table: Any, values: Any) -> tuple[int, int]:
         """How many cells do not hold `values`, and the lowest such entry (or -1)."""
         ...
 
@@ -139,11 +176,32 @@ class Backend(Protocol):
         ...
 
 
-_MODULES = {"cpu": "native_cpu", "reference": "reference"}
-_NOT_BUILT = {
-    "cuda": "this build has no CUDA kernels (csrc/cuda)",
-    "triton": "this build has no Triton kernels (triton_kernels/)",
-}
+class HostMemory(Backend, Protocol):
+    """What backends share whose tables and values are numpy arrays."""
+
+    exchanges: bool = False
+
+    def prepare(self, parts: Sequence[Part]) -> list[Loaded]:
+        return [
+            Loaded(self.table(part.segments, part.positions, part.item_size), part.new, part.old)
+            for part in parts
+        ]
+
+    def values(self, bits: Bits) -> Bits:
+        return bits
+
+    def read(self, values: Bits, bits: np.dtype[np.unsignedinteger[Any]]) -> Bits:
+        return values.view(bits)
+
+    def exchange(self, leaving: tuple[Any, Bits], entering: tuple[Any, Bits]) -> None:
+        self.scatter(*leaving)
+        self.scatter(*entering)
+
+
+_ON_CPU = {"cpu": "native_cpu", "reference": "reference"}
+_ON_DEVICE = {"cuda": "native_cuda", "triton": "triton"}
+"""Those that are preferred come first."""
+_NAMES = (*_ON_CPU, *_ON_DEVICE)
 
 
 def available() -> dict[str, str | None]:
@@ -154,36 +212,66 @@ def available() -> dict[str, str | None]:
         True
     """
     found: dict[str, str | None] = {}
-    for name in (*_MODULES, *_NOT_BUILT):
+    for name in _NAMES:
         try:
-            resolve(name)
-            found[name] = None
+            module = _module(name)
+            found[name] = module.why_not() if name in _ON_DEVICE else None
         except BackendError as error:
             found[name] = str(error)
     return found
 
 
-def resolve(name: str | None = None, device: str = "cpu") -> Backend:
-    """The backend of that name, or the one for tensors on `device`.
+def resolve(
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> Backend:
+    """The backend of that name, or the best one that runs here, for weights on `device`.
+
+    Args:
+        name: `cpu`, `reference`, `cuda` or `triton`.
+        device: where the weights are; by default what the backend is for.
+        stream: what a device's backend launches on; by default the current stream at each call.
 
     Raises:
         BackendError: it is unknown, not built, or cannot run here. Never another one instead.
     """
-    if name is None:
-        if device != "cpu":
-            raise BackendError(
-                f"no backend for weights on {device!r}: {_NOT_BUILT['cuda']}; "
-                "move the model to the CPU"
-            )
-        name = "cpu"
-    if name in _NOT_BUILT:
-        raise BackendError(f"backend {name!r}: {_NOT_BUILT[name]}")
-    if name not in _MODULES:
-        known = ", ".join((*_MODULES, *_NOT_BUILT))
-        raise BackendError(f"unknown backend {name!r}; known are {known}")
+    if device is None:
+        device = "cuda" if name in _ON_DEVICE and torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if name is not None and name not in _NAMES:
+        raise BackendError(f"unknown backend {name!r}; known are {', '.join(_NAMES)}")
+    if name is None and device.type == "cuda":
+        name = _best_on_device(device)
+    elif name is None and device.type != "cpu":
+        raise BackendError(
+            f"no backend for weights on {str(device)!r}; move the model to the CPU or a CUDA device"
+        )
+    name = name or "cpu"
+    if name in _ON_DEVICE:
+        opened: Backend = _module(name).open_backend(device, stream)
+        return opened
+    if device.type != "cpu":
+        raise BackendError(
+            f"backend {name!r} works in the CPU's memory, and the weights are on {str(device)!r}; "
+            f"those for devices are {', '.join(_ON_DEVICE)}"
+        )
+    backend: Backend = _module(name).BACKEND
+    return backend
+
+
+def _best_on_device(device: torch.device) -> str:
+    reasons = {name: reason for name, reason in available().items() if name in _ON_DEVICE}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendError(f"no backend for weights on {str(device)!r}: {said}")
+
+
+def _module(name: str) -> Any:
+    file = {**_ON_CPU, **_ON_DEVICE}[name]
     try:
-        module = importlib.import_module(f"hotgraft.kernels.{_MODULES[name]}")
+        return importlib.import_module(f"hotgraft.kernels.{file}")
     except ImportError as error:
         raise BackendError(f"backend {name!r} does not load: {error}") from error
-    backend: Backend = module.BACKEND
-    return backend

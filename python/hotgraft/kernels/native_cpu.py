@@ -9,16 +9,21 @@ import numpy.typing as npt
 
 from hotgraft import _native
 from hotgraft.format import Bits, DType, Group, Positions, empty_group
-from hotgraft.kernels import POLICIES, Merged, NanDifferenceError, Pair, Room, Source
+from hotgraft.kernels import (
+    POLICIES,
+    HostMemory,
+    Merged,
+    NanDifferenceError,
+    Pair,
+    Room,
+    Source,
+    ranking,
+)
 
 INSTRUCTION_SETS = ("best", "scalar", "avx2", "avx512")
-SLACK = 1 << 19
-"""Entries of the boundary bin that `select` ranks in memory instead of reading the data again."""
-_BINS = 1 << 16
-_UNLIMITED = 1 << 62
 
 
-class NativeCpu:
+class NativeCpu(HostMemory):
     """The verbs in C++: prefetched, shared among threads, the GIL released.
 
     Args:
@@ -74,7 +79,7 @@ class NativeCpu:
             ties -= int(np.count_nonzero(scores == lowest))
             positions.append(here)
             keys.append(scores)
-        return _keep_largest(positions, keys, k)
+        return ranking.keep_largest(positions, keys, k)
 
     def _positions(self, pair: Pair) -> Positions:
         found: list[Group] = []
@@ -87,14 +92,7 @@ class NativeCpu:
         return found[0].positions
 
     def _bound(self, pairs: Iterable[Pair], k: int) -> tuple[int, int] | None:
-        """A score's bits that the k largest reach, and how many that equal it are wanted.
-
-        Found digit by digit, the leading ones first, one read of the data a digit. Usually the
-        first digit's bin holds few enough entries to be ranked in memory; then the bound is the
-        bin's lower end and everything from there up is wanted. None: fewer than k entries differ.
-        """
-        prefix, rank = 0, k
-        for shift in (48, 32, 16, 0):
+        def count(shift: int, prefix: int, rank: int) -> ranking.Counts:
             counts = np.zeros((self._workers, _native.COUNTS_WIDTH), np.int64)
             for index, p in enumerate(pairs):
                 nan = _native.count_scores(
@@ -102,19 +100,10 @@ class NativeCpu:
                 )
                 if nan >= 0:
                     raise NanDifferenceError(index, nan)
-            bins = counts[:, :_BINS].sum(axis=0)
-            from_top = np.cumsum(bins[::-1])
-            if from_top[-1] < rank:
-                return None
-            steps = int(np.searchsorted(from_top, rank))
-            inside = int(bins[_BINS - 1 - steps])
-            rank -= int(from_top[steps]) - inside
-            prefix = prefix * _BINS + _BINS - 1 - steps
-            if shift == 0:
-                return prefix, rank
-            if inside - rank <= SLACK:
-                break
-        return prefix << shift, _UNLIMITED
+            bins: ranking.Counts = counts[:, : ranking.BINS].sum(axis=0)
+            return bins
+
+        return ranking.find_bound(k, count)
 
     def merge(
         self,
@@ -141,25 +130,6 @@ class NativeCpu:
 
 def _addresses(pair: Pair) -> tuple[int, int, int]:
     return pair.base.data_ptr(), pair.finetuned.data_ptr(), pair.base.numel()
-
-
-def _keep_largest(
-    positions: list[Positions], keys: list[npt.NDArray[np.uint64]], k: int
-) -> list[Positions]:
-    """Of everything collected, the k largest; of equal ones the earlier."""
-    every = np.concatenate(keys)
-    if len(every) == k:
-        return positions
-    pivot = np.partition(every, len(every) - k)[len(every) - k]
-    ties = k - int(np.count_nonzero(every > pivot))
-    kept = []
-    for here, scores in zip(positions, keys, strict=True):
-        equal = np.flatnonzero(scores == pivot)
-        wanted = scores > pivot
-        wanted[equal[:ties]] = True
-        ties -= min(ties, len(equal))
-        kept.append(here[wanted])
-    return kept
 
 
 BACKEND = NativeCpu()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from hotgraft.format import Bits, DType, Positions
-from hotgraft.kernels import Merged, NanDifferenceError, Pair, Room, Source
+from hotgraft.kernels import HostMemory, Merged, NanDifferenceError, Pair, Room, Source
 
 _CELLS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
@@ -36,7 +36,7 @@ class ReferenceTable(NamedTuple):
         return 8 * len(self.addresses)
 
 
-class Reference:
+class Reference(HostMemory):
     """The verbs, slow and obvious.
 
     Example:

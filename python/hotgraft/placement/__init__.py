@@ -2,12 +2,14 @@
 
 from hotgraft.placement.fit import fit, refuse_nonfinite
 from hotgraft.placement.names import Names
-from hotgraft.placement.overlay import expected_bits
-from hotgraft.placement.plain import Plan, compile_plan
+from hotgraft.placement.overlay import expected_bits, share_cells
+from hotgraft.placement.plain import Backends, Launch, Plan, compile_plan
 from hotgraft.placement.slots import Slot, find_slots
-from hotgraft.placement.watch import Watch, Wiring
+from hotgraft.placement.watch import Watch, Wiring, watch
 
 __all__ = [
+    "Backends",
+    "Launch",
     "Names",
     "Plan",
     "Slot",
@@ -18,4 +20,6 @@ __all__ = [
     "find_slots",
     "fit",
     "refuse_nonfinite",
+    "share_cells",
+    "watch",
 ]

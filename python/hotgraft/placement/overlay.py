@@ -1,4 +1,4 @@
-"""What memory should hold where a plan writes, given what is live."""
+"""Plans over one another: what memory should hold where both write, and whether they meet."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from hotgraft.format import Bits
 from hotgraft.placement.plain import Plan
 
 
-def expected_bits(plan: Plan, live: Plan | None, label: str) -> Sequence[Bits]:
+def expected_bits(plan: Plan, live: Plan | None, label: str) -> Sequence[Bits | None]:
     """For each launch the bits that its cells hold if the base is the plan's.
 
-    That is the plan's old bits, but the live plan's new bits where that one writes too.
+    That is the plan's old bits (said by None), but the live plan's new bits where that one writes
+    too.
 
     Raises:
         BaseMismatchError: the two plans disagree on a base bit.
     """
     if live is None:
-        return [launch.old for launch in plan.launches]
+        return [None] * len(plan.launches)
     over = {(row.name, row.block): row for row in live.graft.rows}
-    wanted = []
+    wanted: list[Bits | None] = []
     for launch in plan.launches:
         parts = []
         for row in launch.rows:
@@ -47,3 +48,17 @@ def expected_bits(plan: Plan, live: Plan | None, label: str) -> Sequence[Bits]:
         bits = np.concatenate(parts)
         wanted.append(bits if launch.origin is None else bits[launch.origin])
     return wanted
+
+
+def share_cells(plan: Plan, other: Plan) -> bool:
+    """Whether both write to some cell."""
+    there = {(row.name, row.block): row for row in other.graft.rows}
+    for row in plan.graft.rows:
+        met = there.get((row.name, row.block))
+        if met is not None:
+            mine, theirs = plan.graft.arrays(row).positions, other.graft.arrays(met).positions
+            both = np.concatenate([mine, theirs])
+            both.sort(kind="stable")  # two ascending runs: one merge
+            if (both[1:] == both[:-1]).any():
+                return True
+    return False

@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from hotgraft.format import BLOCK, DTYPES, Bits, Row
+from hotgraft.format import BLOCK, DTYPES, Group, Row
 from hotgraft.graft import Graft
-from hotgraft.kernels import Backend, Table
+from hotgraft.kernels import Backend, Part
 from hotgraft.placement.memory import memory_offsets
 from hotgraft.placement.slots import Slot
 from hotgraft.placement.watch import Watch, watch
+
+Backends = Mapping[torch.device, Backend]
+"""The backend of each device that holds weights."""
 
 
 class Launch(NamedTuple):
     """One table and what to write through it."""
 
-    table: Table
-    new: Bits
-    old: Bits
+    device: torch.device
+    table: Any
+    new: Any
+    """As the device's backend holds values, like `old`."""
+    old: Any
     origin: npt.NDArray[np.int64] | None
     """The graft entry behind each table entry, where placement reordered them."""
     rows: tuple[Row, ...]
     """The graft's rows of this launch, in table order."""
+    segments: npt.NDArray[np.int64]
+    """int64[n][3]: what the table was made of."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """A graft compiled for one host: a launch an item size."""
+    """A graft compiled for one host: a launch an item size and device.
 
-    graft: Graft
-    launches: tuple[Launch, ...]
-    watch: Watch
-    """The parameters and buffers it writes."""
+    Args:
+        graft: the graft, or what makes it when it is asked for.
+        launches: what to write.
+        watch: the parameters and buffers it writes.
+    """
+
+    def __init__(
+        self, graft: Graft | Callable[[], Graft], launches: Sequence[Launch], watch: Watch
+    ) -> None:
+        self._graft = graft
+        self.launches = tuple(launches)
+        self.watch = watch
+
+    @functools.cached_property
+    def graft(self) -> Graft:
+        """What it writes. A set that was composed on a device is fetched from there at first."""
+        return self._graft if isinstance(self._graft, Graft) else self._graft()
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether asking for the graft costs nothing."""
+        return isinstance(self._graft, Graft) or "graft" in vars(self)
+
+    @property
+    def nnz(self) -> int:
+        """Entries that it writes."""
+        return sum(row.count for launch in self.launches for row in launch.rows)
 
     def locate(self, launch: Launch, entry: int) -> tuple[str, int]:
         """The tensor's name and the C-order position behind a table entry."""
@@ -62,35 +92,42 @@ class Plan:
         return sum(arrays.values()) + tables - shared
 
 
-def compile_plan(graft: Graft, slots: Mapping[str, Slot], backend: Backend) -> Plan:
+def compile_plan(graft: Graft, slots: Mapping[str, Slot], backends: Backends) -> Plan:
     """Compile a graft whose names, shapes and dtypes are home slots'.
 
     Rows of contiguous tensors go into the table as they are, sharing the graft's arrays; rows of
     strided ones get memory offsets, in ascending order.
     """
+    shares: dict[tuple[torch.device, int], list[Row]] = {}
+    for row in graft.rows:
+        key = slots[row.name].tensor.device, DTYPES[row.dtype].item_size
+        shares.setdefault(key, []).append(row)
     launches = []
-    for size in (1, 2, 4, 8):
-        mine = [row for row in graft.rows if DTYPES[row.dtype].item_size == size]
-        if mine:
-            launches.append(_launch(graft, mine, slots, backend, size))
-    return Plan(graft, tuple(launches), watch(tuple(slots[name] for name in graft.names)))
+    for device, backend in backends.items():
+        sizes = sorted(size for where, size in shares if where == device)
+        drafts = [_draft(graft, shares[device, size], slots, size) for size in sizes]
+        loaded = backend.prepare([part for part, _, _ in drafts]) if drafts else []
+        for (part, origin, rows), there in zip(drafts, loaded, strict=True):
+            launches.append(Launch(device, *there, origin, rows, part.segments))
+    return Plan(graft, launches, watch(tuple(slots[name] for name in graft.names)))
 
 
-def _launch(
-    graft: Graft, rows: list[Row], slots: Mapping[str, Slot], backend: Backend, size: int
-) -> Launch:
-    flat = all(slots[row.name].tensor.is_contiguous() for row in rows)
-    if flat and rows == [row for row in graft.rows if row.dtype == rows[0].dtype]:
-        positions, new, old = graft.groups[rows[0].dtype]
-        segments = [
-            (slots[row.name].tensor.data_ptr() + row.block * size, row.first, row.count)
-            for row in rows
-        ]
-        table = backend.table(np.array(segments, np.int64), positions, size)
+def _draft(
+    graft: Graft, rows: list[Row], slots: Mapping[str, Slot], size: int
+) -> tuple[Part, npt.NDArray[np.int64] | None, tuple[Row, ...]]:
+    if all(slots[row.name].tensor.is_contiguous() for row in rows):
+        addresses = [slots[row.name].tensor.data_ptr() + row.block * size for row in rows]
+        counts = np.array([row.count for row in rows], np.int64)
+        segments = np.stack([np.array(addresses, np.int64), np.cumsum(counts) - counts, counts], 1)
+        if rows == [row for row in graft.rows if row.dtype == rows[0].dtype]:
+            group = graft.groups[rows[0].dtype]
+        else:
+            columns = zip(*(graft.arrays(row) for row in rows), strict=True)
+            group = Group(*(np.concatenate(column) for column in columns))
         shared = graft.rows if len(rows) == len(graft.rows) else tuple(rows)
-        return Launch(table, new, old, None, shared)
+        return Part(segments, *group, size), None, shared
 
-    segments, parts, origins, done = [], [], [], 0
+    pieces, parts, origins, done = [], [], [], 0
     for row in rows:
         tensor = slots[row.name].tensor
         offsets = memory_offsets(graft.arrays(row).positions.astype(np.int64) + row.block, tensor)
@@ -100,7 +137,7 @@ def _launch(
         edges = np.flatnonzero(np.diff(storage_blocks)) + 1
         for begin, end in zip([0, *edges], [*edges, len(offsets)], strict=True):
             base = tensor.data_ptr() + int(storage_blocks[begin]) * BLOCK * size
-            segments.append((base, done + int(begin), int(end - begin)))
+            pieces.append((base, done + int(begin), int(end - begin)))
         parts.append((offsets % BLOCK).astype(np.int32))
         origins.append(done + order)
         done += len(order)
@@ -108,5 +145,5 @@ def _launch(
     new, old = (
         np.concatenate([graft.arrays(row)[part] for row in rows])[origin] for part in (1, 2)
     )
-    table = backend.table(np.array(segments, np.int64), np.concatenate(parts), size)
-    return Launch(table, new, old, origin, tuple(rows))
+    part = Part(np.array(pieces, np.int64), np.concatenate(parts), new, old, size)
+    return part, origin, tuple(rows)

@@ -181,9 +181,8 @@ def check_writable(slot: Slot, regions: Regions) -> None:
         regions: what `memory_regions` returned lately.
 
     Raises:
-        ParameterError: it is meta, offloaded, quantised, sparse, a lazy view, read-only memory,
-            on another device than the CPU, or overlaps itself or another in a way that cannot be
-            resolved.
+        ParameterError: it is meta, offloaded, quantised, sparse, a lazy view, read-only memory, or
+            overlaps itself or another in a way that cannot be resolved.
     """
     tensor, name = slot.tensor, slot.name
     kind = type(tensor).__name__
@@ -205,11 +204,6 @@ def check_writable(slot: Slot, regions: Regions) -> None:
         raise ParameterError(
             f"{name!r} is on the meta device, so it has no data here (offloaded, or not loaded "
             "yet): load it, or turn offloading off"
-        )
-    if tensor.device.type != "cpu":
-        raise ParameterError(
-            f"{name!r} is on {tensor.device}; the table of this host is on the CPU: move the whole "
-            "model to one device"
         )
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise ParameterError(f"{name!r} is quantised or {tensor.layout}; wanted a strided tensor")
@@ -242,7 +236,7 @@ def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def _memory_is_writable(tensor: torch.Tensor, regions: Regions) -> bool:
-    if not tensor.numel() or not regions:
+    if not tensor.numel() or not regions or tensor.device.type != "cpu":
         return True
     begin, end = extent(tensor)
     at = max(bisect.bisect_right(regions, (begin, 2**64, False)) - 1, 0)
