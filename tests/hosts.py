@@ -14,8 +14,8 @@ State = dict[str, torch.Tensor]
 
 
 def contents(model: nn.Module) -> State:
-    """A copy of everything the model's state dict holds now."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """A copy on the CPU of everything the model's state dict holds now."""
+    return {name: tensor.detach().clone().cpu() for name, tensor in model.state_dict().items()}
 
 
 def holds(model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> bool:
@@ -66,8 +66,10 @@ class Small(nn.Module):
 class Workshop:
     """A host on a model, its base, and grafts `a` and `b` that overlap."""
 
-    def __init__(self, backend: str | None = None, base_id: str | None = None) -> None:
-        self.model = Mixed()
+    def __init__(
+        self, backend: str | None = None, base_id: str | None = None, device: str = "cpu"
+    ) -> None:
+        self.model = Mixed().to(device)
         self.base = contents(self.model)
         self.a = factories.graft_on(self.base, seed=1, share=0.4)
         self.b = factories.graft_on(self.base, seed=2, share=0.4)

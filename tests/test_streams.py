@@ -112,6 +112,8 @@ def test_no_commit_while_a_graph_is_captured() -> None:
     assert side.waits == []
     with pytest.raises(GateError, match="a CUDA graph is being captured"):
         streams.order_commit()
+    with pytest.raises(GateError, match="a check would become part of the graph"):
+        streams.require_no_capture("a check")
     cuda.capturing = False
     streams.order_entry()
     assert side.waits == [("event", 2, 1)]

@@ -189,6 +189,7 @@ class Host:
             NonFiniteError: it writes NaN or infinity and may not.
             SkillInUseError: the name is taken, or the skill to be replaced is live.
         """
+        self._streams.require_no_capture("loading")
         graft = source if isinstance(source, Graft) else Graft.load(source)
         if name is None and not isinstance(source, Graft):
             name = Path(source).name.removesuffix(".safetensors").removesuffix(".graft")

@@ -261,6 +261,7 @@ class Ledger:
 
     def _compare(self, plan: Plan, wanted: Sequence[Any], label: str) -> None:
         """Raises `BaseMismatchError` unless the cells of each launch hold the wanted values."""
+        self._streams.require_no_capture("a check")
         self._streams.order_entry()
         for launch, values in zip(plan.launches, wanted, strict=True):
             backend = self._backends[launch.device]

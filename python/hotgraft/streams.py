@@ -70,19 +70,21 @@ class Streams:
                     current.wait_event(event)
             entered[current.cuda_stream] = current
 
+    def require_no_capture(self, what: str) -> None:
+        """Raises `GateError` if the current stream is being captured into a CUDA graph."""
+        if self._devices and self._cuda.is_current_stream_capturing():
+            raise GateError(
+                f"a CUDA graph is being captured on this stream: {what} would become part of the "
+                "graph instead of happening now; do it before or after the capture"
+            )
+
     def order_commit(self) -> None:
         """The commits' streams wait for whoever entered.
 
         Raises:
             GateError: the current stream is being captured into a CUDA graph.
         """
-        if not self._devices:
-            return
-        if self._cuda.is_current_stream_capturing():
-            raise GateError(
-                "a CUDA graph is being captured on this stream: the switch would become part of "
-                "the graph instead of happening now; switch before or after the capture"
-            )
+        self.require_no_capture("the switch")
         for device in self._devices:
             mine = self._commits_on(device)
             for stream in tuple(self._entered[device].values()):

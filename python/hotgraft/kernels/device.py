@@ -233,12 +233,22 @@ class DeviceBackend(abc.ABC):
         for first, array in zip(firsts, arrays, strict=True):
             host[first : first + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
         if on_gpu:
-            with self._current():
-                staged = staged.to(self.device, non_blocking=True)
+            staged = self._copied(staged)
         return [
             staged[first : first + array.nbytes]
             for first, array in zip(firsts, arrays, strict=True)
         ]
+
+    def _copied(self, staged: torch.Tensor) -> Device:
+        try:
+            with self._current():
+                return staged.to(self.device, non_blocking=True)
+        except torch.OutOfMemoryError as error:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            raise BackendError(
+                f"{self.device} has no room for {staged.nbytes:,} bytes ({free:,} are free, beside "
+                "what torch keeps); unload a skill, or call torch.cuda.empty_cache()"
+            ) from error
 
     def _current(self) -> contextlib.AbstractContextManager[object]:
         """This backend's device and stream are torch's current ones."""
@@ -265,6 +275,16 @@ class DeviceBackend(abc.ABC):
                 f"items' {part.item_size} bytes: clone the tensor"
             )
 
+    def _keep(self, *tensors: Device) -> None:
+        """Their memory is not given to others before what is enqueued on this stream is done.
+
+        Needed where it was allocated on another stream, as happens when the current one changes.
+        """
+        if self.device.type == "cuda" and self.stream is None:
+            current = torch.cuda.current_stream(self.device)
+            for tensor in tensors:
+                tensor.record_stream(current)
+
     def _check_values(self, table: DeviceTable, values: Device) -> None:
         if values.device != table.positions.device:
             raise BackendError(f"values are on {values.device}, the table on {self.device}")
@@ -287,6 +307,7 @@ class DeviceBackend(abc.ABC):
         self._check_values(table, values)
         with self._current():
             self._scatter([Move(table, values)])
+        self._keep(table.positions, values)
 
     def exchange(self, leaving: Move, entering: Move) -> None:
         """Both scatters in one launch; they share no cell and have items of one size."""
@@ -294,6 +315,7 @@ class DeviceBackend(abc.ABC):
             self._check_values(table, values)
         with self._current():
             self._scatter([Move(*leaving), Move(*entering)])
+        self._keep(leaving[0].positions, leaving[1], entering[0].positions, entering[1])
 
     def compare(self, table: DeviceTable, values: Device) -> tuple[int, int]:
         self._check_values(table, values)
