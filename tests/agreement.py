@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hotgraft import _native
 from hotgraft.format import DTYPES, DType, Group, empty_group
 from hotgraft.kernels import Backend, NanDifferenceError, Pair, Source
+from hotgraft.kernels.device import DeviceBackend, DeviceTable, Move
 from hotgraft.kernels.native_cpu import INSTRUCTION_SETS, NativeCpu
 from hotgraft.kernels.reference import BACKEND as REFERENCE
 
@@ -60,7 +63,9 @@ class Arena:
         ).astype(np.int32)
         self.values = rng.integers(0, 1 << 8 * item_size, first, dtype=f"u{item_size}")
 
-    def table(self, backend: Backend) -> Any:
+    def table(self, backend: Any) -> Any:
+        if isinstance(backend, OnDevice):
+            return backend.table_of(self)
         return backend.table(self.segments, self.positions, self.item_size)
 
 
@@ -71,7 +76,7 @@ def guarded(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any
     return room[4 : 4 + len(values)], room
 
 
-def check_moves(backend: Backend, arena: Arena) -> None:
+def check_moves(backend: Any, arena: Arena) -> None:
     """gather, scatter and compare do what the reference's do, and touch nothing else."""
     mine, judge = arena.table(backend), arena.table(REFERENCE)
     before = arena.memory.copy()
@@ -102,10 +107,114 @@ def check_moves(backend: Backend, arena: Arena) -> None:
     assert arena.memory.tobytes() == before.tobytes(), "the way back"
 
 
+# ---- devices ----------------------------------------------------------------------------------
+
+
+class There(NamedTuple):
+    """An arena whose memory was copied to a device, and its table there."""
+
+    arena: Arena
+    memory: torch.Tensor
+    table: DeviceTable
+
+
+class OnDevice:
+    """A device backend behind the verbs as the checks use them: on numpy arrays and an arena here.
+
+    What a move may not touch is there too, and comes back with the rest: guards around the values,
+    and the whole of the arena.
+    """
+
+    GUARD = 16
+
+    def __init__(self, backend: DeviceBackend) -> None:
+        self.backend = backend
+        self.name = backend.name
+        self.select, self.merge = backend.select, backend.merge
+        self.difference, self.round = backend.difference, backend.round
+
+    def table_of(self, arena: Arena) -> There:
+        memory = torch.from_numpy(arena.memory).to(self.backend.device, copy=True)
+        segments = arena.segments.copy()
+        segments[:, 0] += memory.data_ptr() - arena.memory.ctypes.data
+        return There(arena, memory, self.backend.table(segments, arena.positions, arena.item_size))
+
+    def gather(self, there: There, values: npt.NDArray[Any]) -> None:
+        with self._away([there], [values]) as (held,):
+            self.backend.gather(there.table, held)
+
+    def scatter(self, there: There, values: npt.NDArray[Any]) -> None:
+        with self._away([there], [values]) as (held,):
+            self.backend.scatter(there.table, held)
+
+    def exchange(
+        self,
+        leaving: tuple[There, npt.NDArray[Any]],
+        entering: tuple[There, npt.NDArray[Any]],
+    ) -> None:
+        """Both tables are of one arena, whose memory is that of the first."""
+        with self._away([leaving[0]], [leaving[1], entering[1]]) as (old, new):
+            self.backend.exchange(Move(leaving[0].table, old), Move(entering[0].table, new))
+
+    def compare(self, there: There, values: npt.NDArray[Any]) -> tuple[int, int]:
+        with self._away([there], [values]) as (held,):
+            return self.backend.compare(there.table, held)
+
+    @contextlib.contextmanager
+    def _away(
+        self, places: Sequence[There], arrays: Sequence[npt.NDArray[Any]]
+    ) -> Iterator[list[torch.Tensor]]:
+        """The arrays on the device, guarded; the arenas' memory and they are brought back."""
+        for there in places:
+            there.memory.copy_(torch.from_numpy(there.arena.memory))
+        guard = np.full(self.GUARD, 0xA5, np.uint8)
+        rooms = [
+            self.backend.values(np.concatenate([guard, array.view(np.uint8), guard]))
+            for array in arrays
+        ]
+        yield [room[self.GUARD : len(room) - self.GUARD] for room in rooms]
+        for array, room in zip(arrays, rooms, strict=True):
+            back = self.backend.read(room, np.dtype(np.uint8))
+            assert (back[: self.GUARD] == guard).all(), "the guard before the values"
+            assert (back[-self.GUARD :] == guard).all(), "the guard after the values"
+            array.view(np.uint8)[:] = back[self.GUARD : -self.GUARD]
+        for there in places:
+            there.arena.memory[:] = self.backend.read(there.memory, np.dtype(np.uint8))
+
+
+def check_exchange(backend: OnDevice, layout: Sequence[Stretch], item_size: int) -> None:
+    """Two moves of disjoint cells in one launch do what one after the other does."""
+    arena = Arena(layout, item_size)
+    halves = [part_of(arena, 0), part_of(arena, 1)]
+    before = arena.memory.copy()
+    for half in halves:
+        REFERENCE.scatter(half.table(REFERENCE), half.values)
+    wanted = arena.memory.copy()
+    arena.memory[:] = before
+    first, other = ((half.table(backend), half.values) for half in halves)
+    # Both tables have to mean the same memory: the second is made over the first one's copy.
+    segments = halves[1].segments.copy()
+    segments[:, 0] += first[0].memory.data_ptr() - arena.memory.ctypes.data
+    table = backend.backend.table(segments, halves[1].positions, item_size)
+    backend.exchange(first, (There(arena, first[0].memory, table), other[1]))
+    assert arena.memory.tobytes() == wanted.tobytes()
+
+
+def part_of(arena: Arena, parity: int) -> Arena:
+    """Every other entry of an arena, over the same memory."""
+    part = copy.copy(arena)
+    chosen = np.arange(len(arena.positions)) % 2 == parity
+    counts = np.array([chosen[f : f + n].sum() for _, f, n in arena.segments.tolist()])
+    ends = np.cumsum(counts)
+    part.segments = np.stack([arena.segments[:, 0], ends - counts, counts], axis=1)[counts > 0]
+    part.positions, part.values = arena.positions[chosen], arena.values[chosen]
+    return part
+
+
 # ---- select -----------------------------------------------------------------------------------
 
 
-def selection(backend: Backend, pairs: Sequence[Pair], k: int | None) -> list[Any]:
+def selection(backend: Any, pairs: Sequence[Pair], k: int | None) -> list[Any]:
     """What `select` returns, as bytes a pair, or what it raises."""
     try:
         found = backend.select(pairs, k)
@@ -115,14 +224,14 @@ def selection(backend: Backend, pairs: Sequence[Pair], k: int | None) -> list[An
     return [positions.tobytes() for positions in found]
 
 
-def check_select(backend: Backend, pairs: Sequence[Pair], k: int | None) -> None:
+def check_select(backend: Any, pairs: Sequence[Pair], k: int | None) -> None:
     """The same positions of each pair, or the same NaN refused."""
     assert selection(backend, pairs, k) == selection(REFERENCE, pairs, k)
     for pair in pairs:
         check_difference(backend, pair)
 
 
-def check_difference(backend: Backend, pair: Pair) -> None:
+def check_difference(backend: Any, pair: Pair) -> None:
     """The same positions and bits, in arrays of the right length."""
     found: list[Group] = []
 
@@ -140,7 +249,7 @@ def check_difference(backend: Backend, pair: Pair) -> None:
 
 
 def check_merge(
-    backend: Backend,
+    backend: Any,
     sources: Sequence[Source],
     ranges: npt.NDArray[np.int64],
     dtype: DType,
