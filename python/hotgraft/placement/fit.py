@@ -90,11 +90,15 @@ def fit(
     doubled = {target for target, uses in Counter(found.values()).items() if uses > 1}
     if doubled:
         raise CoverageError(f"several of the graft's tensors map to {sample(doubled)}")
-    regions, shapes = memory_regions(), graft.shapes
+    # Once is enough: what would change a slot's nature, check_in_place() finds.
+    unknown = {s for t in found.values() for s in (slots[t], slots[t].home) if not s.writable}
+    regions = memory_regions() if unknown else []
+    for slot in sorted(unknown, key=lambda slot: slot.name):
+        check_writable(slot, regions)
+        slot.writable = True
+    shapes = graft.shapes
     for name, target in found.items():
         slot, shape = slots[target], shapes[name]
-        for one in {slot, slot.home}:
-            check_writable(one, regions)
         if shape != slot.shape:
             raise BaseMismatchError(
                 f"{name!r} has shape {list(shape)} in the graft and {list(slot.shape)} in the host "

@@ -65,6 +65,8 @@ class Slot:
     """The slots it is home to, itself first."""
     rival: Slot | None = None
     """A slot that it overlaps, where none can be home to both."""
+    writable: bool = False
+    """Whether `check_writable` was passed."""
 
     def __post_init__(self) -> None:
         self.home, self.views = self, [self]
