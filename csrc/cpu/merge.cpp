@@ -44,60 +44,28 @@ void walk(const std::vector<Source>& sources, const Range* ranges, F&& f) {
 }
 
 template <class Bits>
-Bits fresh_bits(const Source& source, std::int64_t entry) {
-    return static_cast<const Bits*>(source.fresh)[entry];
-}
-
-template <class Bits>
 Bits old_bits(const Source& source, std::int64_t entry) {
     return static_cast<const Bits*>(source.old)[entry];
 }
 
-// base + d, or the copy that it stands for.
-template <class V>
-typename V::Bits alone(const Source& source, std::int64_t entry, bool& finite) {
-    using Bits = typename V::Bits;
-    const Bits bits = fresh_bits<Bits>(source, entry);
-    if (source.weight == 1.0) return bits;
-    if constexpr (std::is_floating_point_v<typename V::Wide>) {
-        const double base = V::decode(old_bits<Bits>(source, entry));
-        const double d = source.weight * (static_cast<double>(V::decode(bits)) - base);
-        const Bits result = V::encode(base + d);
-        finite = std::isfinite(static_cast<double>(V::decode(result)));
-        return result;
-    }
-    return bits;
-}
+// The claims on one position, as core/policy.h wants them.
+template <class Bits>
+struct Claims {
+    const std::vector<Source>& sources;
+    const std::vector<Cover>& cover;
+    const std::int64_t* order;
 
-template <class V>
-typename V::Bits combine(const std::vector<Source>& sources, const std::vector<Cover>& cover,
-                         Policy policy, bool& finite) {
-    using Bits = typename V::Bits;
-    const double base = V::decode(old_bits<Bits>(sources[cover[0].source], cover[0].entry));
-    const auto d = [&](const Cover& c) {
-        const Source& source = sources[c.source];
-        return source.weight *
-               (static_cast<double>(V::decode(fresh_bits<Bits>(source, c.entry))) - base);
-    };
-    double sum = 0;
-    for (const Cover& c : cover) sum += d(c);
-    double change = sum;
-    if (policy == Policy::mean) {
-        change = sum / static_cast<double>(cover.size());
-    } else if (policy == Policy::sign) {
-        if (sum == 0) return old_bits<Bits>(sources[cover[0].source], cover[0].entry);
-        double agreeing = 0;
-        std::int64_t count = 0;
-        for (const Cover& c : cover) {
-            const double one = d(c);
-            if ((one > 0 && sum > 0) || (one < 0 && sum < 0)) agreeing += one, ++count;
-        }
-        change = agreeing / static_cast<double>(count);
+    Claim<Bits> operator[](std::size_t i) const {
+        const auto [source, entry] = cover[i];
+        return {source, static_cast<const Bits*>(sources[source].fresh)[entry],
+                old_bits<Bits>(sources[source], entry), sources[source].weight, order[source]};
     }
-    const Bits result = V::encode(base + change);
-    finite = std::isfinite(static_cast<double>(V::decode(result)));
-    return result;
-}
+
+    template <class F>
+    void each(F&& f) const {
+        for (std::size_t i = 0; i < cover.size(); ++i) f((*this)[i]);
+    }
+};
 
 void lower(Place& first, std::int64_t row, std::int32_t position) {
     if (first.row < 0 || row < first.row || (row == first.row && position < first.position)) {
@@ -138,7 +106,9 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
             const DefaultEnvironment environment;
             MergeReport mine;
             mine.conflicts.assign(k * k, 0);
-            std::vector<Bits> results;
+            const auto conflict = [&](std::int64_t earlier, std::int64_t later) {
+                ++mine.conflicts[earlier * k + later];
+            };
             for (std::int64_t row = begin; row < end; ++row) {
                 std::int64_t out = offsets[row];
                 walk(sources, ranges + row * k,
@@ -152,33 +122,12 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
                              lower(mine.first_base_mismatch, row, position);
                          }
                          bool finite = true;
-                         Bits result = base;
-                         if (cover.size() == 1) {
-                             result = alone<V>(sources[cover[0].source], cover[0].entry, finite);
-                         } else if (policy == Policy::priority) {
-                             const Cover* winner = &cover[0];
-                             for (const Cover& c : cover) {
-                                 if (order[c.source] > order[winner->source]) winner = &c;
-                             }
-                             result = alone<V>(sources[winner->source], winner->entry, finite);
-                         } else if (policy == Policy::refuse) {
-                             results.clear();
-                             for (const Cover& c : cover) {
-                                 bool one = true;
-                                 results.push_back(alone<V>(sources[c.source], c.entry, one));
-                                 finite &= one;
-                             }
-                             result = results[0];
-                             for (std::size_t i = 0; i < cover.size(); ++i) {
-                                 for (std::size_t j = i + 1; j < cover.size(); ++j) {
-                                     if (results[i] != results[j]) {
-                                         ++mine.conflicts[cover[i].source * k + cover[j].source];
-                                     }
-                                 }
-                             }
-                         } else if constexpr (std::is_floating_point_v<typename V::Wide>) {
-                             result = combine<V>(sources, cover, policy, finite);
-                         }
+                         const Claims<Bits> claims{sources, cover, order};
+                         const Bits result =
+                             cover.size() == 1
+                                 ? alone<V>(claims[0], finite)
+                                 : resolve<V>(claims, static_cast<std::int64_t>(cover.size()), base,
+                                              policy, finite, conflict);
                          if (!finite) {
                              ++mine.overflows;
                              lower(mine.first_overflow, row, position);
@@ -200,23 +149,7 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
             keep(total.first_overflow, mine.first_overflow);
         });
     };
-    // Types without arithmetic are merged as bits; their weights are 1 and the policy only chooses.
-    switch (type) {
-        case ValueType::bf16: run(BFloat16{}); break;
-        case ValueType::f16: run(Float16{}); break;
-        case ValueType::f32: run(Float32{}); break;
-        case ValueType::f64: run(Float64{}); break;
-        case ValueType::i8:
-        case ValueType::u8:
-        case ValueType::f8_e4m3:
-        case ValueType::f8_e5m2: run(Integer<std::uint8_t>{}); break;
-        case ValueType::i16:
-        case ValueType::u16: run(Integer<std::uint16_t>{}); break;
-        case ValueType::i32:
-        case ValueType::u32: run(Integer<std::uint32_t>{}); break;
-        case ValueType::i64:
-        case ValueType::u64: run(Integer<std::uint64_t>{}); break;
-    }
+    dispatch_merge(type, run);
     return total;
 }
 

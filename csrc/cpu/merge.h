@@ -1,20 +1,19 @@
 // merge: the union of several grafts' entries, each resolved to bits under a policy.
 //
 // Inputs are flat arrays a graft; `ranges` says where in them each union row lies. Within a row
-// positions ascend and are unique. Policies and their arithmetic are those of docs/design.md: a
-// position that is covered once at weight 1 (and a `priority` winner, and equal bits under
-// `refuse`) is a copy of the bits; everything else is summed in double, in the order of the inputs,
-// and rounded once. Nothing is written when a position cannot be resolved; the report says why.
+// positions ascend and are unique. Policies and their arithmetic are those of core/policy.h. What
+// is written for a position that cannot be resolved says nothing; the report says why.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "core/policy.h"
 #include "core/value.h"
 
 namespace hotgraft::cpu {
 
-enum class Policy : std::int32_t { refuse, priority, sum, mean, sign };
+using hotgraft::Policy;
 
 struct Source {
     const std::int32_t* positions;
