@@ -208,7 +208,8 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     ),
     "eligible 2^63": (metadata(eligible=str(2**63)), f"{2**63} eligible elements cannot be"),
     "eligible of 5000 digits": (metadata(eligible="9" * 5000), "Exceeds the limit"),
-    "id missing": (metadata(id=None), "but it states None: the file is damaged or was changed"),
+    "id missing": (metadata(id=None), "it states None where its id should be"),
+    "id malformed": (metadata(id="G" * 64), f"it states '{'G' * 64}' where its id should be"),
     "id wrong": (metadata(id="0" * 64), f"but it states {'0' * 64}: the file is damaged"),
     # the table
     "table not JSON": (metadata(table="[["), "the table is malformed: "),

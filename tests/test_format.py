@@ -356,3 +356,19 @@ def test_the_specification_lists_every_dtype_and_key(tmp_path):
     keys = split(good_file(tmp_path))[0]["__metadata__"]
     for name in (*DTYPES, *keys, "base_id"):
         assert f"`{name}`" in text
+
+
+def test_an_id_may_be_taken_on_trust(tmp_path: Path) -> None:
+    graft = graft_on(state(), seed=1)
+    path = tmp_path / "a.graft.safetensors"
+    graft.save(path)
+    assert Graft.load(path, verify_id=False) == graft
+    data = path.read_bytes().replace(graft.id.encode(), b"0" * 64)
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="its contents have id"):
+        Graft.load(path)
+    trusted = Graft.load(path, verify_id=False)
+    assert trusted.id == "0" * 64
+    path.write_bytes(data.replace(b"0" * 64, b"z" * 64))
+    with pytest.raises(FormatError, match="where its id should be"):
+        Graft.load(path, verify_id=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from hotgraft.format import (
     validate,
 )
 
+_ID = re.compile("[0-9a-f]{64}")
 _LONGEST_HEADER = 100_000_000
 """As safetensors has it."""
 
@@ -96,11 +98,16 @@ def write(
 
 
 def read(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], *, verify_id: bool = True
 ) -> tuple[tuple[Row, ...], dict[str, Group], Provenance, str]:
     """Read and check a graft file: its rows, arrays, provenance and id.
 
-    The arrays are private memory; the stored id is checked against the contents.
+    The arrays are private memory.
+
+    Args:
+        path: the file.
+        verify_id: hash the contents and compare with the id that the file states; False takes the
+            stated one on trust. Everything else is checked either way.
 
     Raises:
         FormatError: naming the file and what is wrong with it.
@@ -126,10 +133,13 @@ def read(
             groups = _in_one_buffer(parse_groups(kinds, lambda name: tensors[name]["data"]))
             validate(rows, groups)
             check_eligible(provenance.eligible, rows)
-            found = content_id(rows, groups)
-            if found != metadata.get("id"):
+            stated = metadata.get("id")
+            if stated is None or not _ID.fullmatch(stated):
+                raise GraftError(f"it states {stated!r} where its id should be: get it anew")
+            found = content_id(rows, groups) if verify_id else stated
+            if found != stated:
                 raise GraftError(
-                    f"its contents have id {found}, but it states {metadata.get('id')}: the file "
+                    f"its contents have id {found}, but it states {stated}: the file "
                     "is damaged or was changed; get it anew"
                 )
         except safetensors.SafetensorError as error:

@@ -165,6 +165,7 @@ class Host:
         partial: bool = False,
         allow_nonfinite: bool = False,
         replace: bool = False,
+        verify_id: bool = True,
     ) -> Skill:
         """Prepare a skill: read, check against this host's base bits, compile. Nothing is written.
 
@@ -180,6 +181,7 @@ class Host:
             partial: leave out tensors that the host lacks (`PartialWarning`).
             allow_nonfinite: let it write NaN and infinity.
             replace: take the place of a loaded skill of that name.
+            verify_id: as in `Graft.load`.
 
         Raises:
             FormatError, OSError: the file is not a valid graft, or cannot be read.
@@ -190,7 +192,7 @@ class Host:
             SkillInUseError: the name is taken, or the skill to be replaced is live.
         """
         self._streams.require_no_capture("loading")
-        graft = source if isinstance(source, Graft) else Graft.load(source)
+        graft = source if isinstance(source, Graft) else Graft.load(source, verify_id=verify_id)
         if name is None and not isinstance(source, Graft):
             name = Path(source).name.removesuffix(".safetensors").removesuffix(".graft")
         name = name or graft.id[:12]
