@@ -1,5 +1,6 @@
 """Shared by every test: property-based ones are seeded and keep no database; a host to work on."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -17,10 +18,29 @@ settings.register_profile(
 settings.load_profile("hotgraft")
 
 
-@pytest.fixture(params=["cpu", "reference"])
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's kernels are compiled by the tests that need a GPU and interpreted by the others.
+
+    It is settled when they are imported, which no test module has done yet.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+WORKSHOPS = [
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("triton", "cpu"), id="triton-interpreted"),
+    pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=WORKSHOPS)
 def shop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
     """A host with skills, on each backend; it must hold the base's bits when the test is over."""
-    made = Workshop(request.param)
+    backend, device = request.param
+    made = Workshop(backend, device=device)
     yield made
     made.host.detach(force=True)
     assert made.is_base()

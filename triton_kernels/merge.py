@@ -31,7 +31,7 @@ NOWHERE = tl.constexpr(2**63 - 1)
 
 # A program handles a part of a tile: what is known of a slot fills many registers, so 2 a thread.
 PART = 512
-_LAUNCH = {"TILE": TILE, "PART": PART, "num_warps": 8, "enable_fp_fusion": False}
+LAUNCH = {"TILE": TILE, "PART": PART, "num_warps": 8, "enable_fp_fusion": False}
 _NUMBERS = ["n", "k", "steps"]
 
 
@@ -255,9 +255,9 @@ def resolve_kernel(
         if POLICY == MEAN:
             change = total / covering.to(tl.float64)
         elif POLICY == SIGN:
-            positive = total > 0
-            count = tl.where(positive, n_above, n_below).to(tl.float64)
-            change = tl.where(positive, above, below) / count
+            # With a NaN none agrees: a division by 0, so an overflow.
+            count = tl.where(total > 0, n_above, tl.where(total < 0, n_below, 0))
+            change = tl.where(total > 0, above, below) / count.to(tl.float64)
         together = encode(base + change, TYPE)
         together_finite = _finite(together, TYPE)
         if POLICY == SIGN:
@@ -340,7 +340,7 @@ def merge(
         report_there[4:],
         *numbers,
         **kinds,
-        **_LAUNCH,
+        **LAUNCH,
     )
     owners_before = torch.zeros(n + 1, dtype=torch.int64, device=device)
     torch.cumsum(owns, 0, dtype=torch.int64, out=owners_before[1:])
@@ -357,7 +357,7 @@ def merge(
         report_there,
         *numbers,
         **kinds,
-        **_LAUNCH,
+        **LAUNCH,
     )
     told = torch.cat([report_there, owners_before[starts]]).cpu().numpy()
     mismatches, mismatch, overflows, overflow = told[:4].tolist()

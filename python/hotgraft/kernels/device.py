@@ -365,7 +365,9 @@ class DeviceBackend(abc.ABC):
 
     def _bytes(self, pair: Pair) -> tuple[Device, Device]:
         """The two tensors' bytes, on this device."""
-        left, right = (t.to(self.device).view(torch.uint8) for t in (pair.base, pair.finetuned))
+        # Of an empty tensor torch may say that it has no stride, and then give no view of it.
+        flat = (t.to(self.device).as_strided((t.numel(),), (1,)) for t in pair[:2])
+        left, right = (t.view(torch.uint8) for t in flat)
         return left, right
 
     def merge(
