@@ -49,7 +49,9 @@ HOTGRAFT_HD inline std::uint32_t encode_small(double x) {
     const std::uint64_t remainder = significand & ((1ull << shift) - 1);
     const std::uint64_t half = 1ull << (shift - 1);
     std::uint64_t rounded = significand >> shift;
-    if (remainder > half || (remainder == half && (rounded & 1))) ++rounded;
+    // As a sum and not a condition: which way a value rounds cannot be foreseen.
+    rounded += static_cast<std::uint64_t>(remainder > half) |
+               (static_cast<std::uint64_t>(remainder == half) & rounded & 1);
     // A carry out of the mantissa runs into the exponent, which is what it should do.
     std::uint64_t magnitude = rounded;
     if (normal) {

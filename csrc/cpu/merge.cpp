@@ -51,19 +51,20 @@ Bits old_bits(const Source& source, std::int64_t entry) {
 // The claims on one position, as core/policy.h wants them.
 template <class Bits>
 struct Claims {
-    const std::vector<Source>& sources;
-    const std::vector<Cover>& cover;
+    const Source* sources;
+    const Cover* cover;
+    const Cover* end;
     const std::int64_t* order;
 
-    Claim<Bits> operator[](std::size_t i) const {
-        const auto [source, entry] = cover[i];
-        return {source, static_cast<const Bits*>(sources[source].fresh)[entry],
-                old_bits<Bits>(sources[source], entry), sources[source].weight, order[source]};
+    Claim<Bits> claim(const Cover& c) const {
+        const Source& source = sources[c.source];
+        return {c.source, static_cast<const Bits*>(source.fresh)[c.entry],
+                old_bits<Bits>(source, c.entry), source.weight, order[c.source]};
     }
 
     template <class F>
     void each(F&& f) const {
-        for (std::size_t i = 0; i < cover.size(); ++i) f((*this)[i]);
+        for (const Cover* c = cover; c != end; ++c) f(claim(*c));
     }
 };
 
@@ -122,10 +123,11 @@ MergeReport merge(const std::vector<Source>& sources, const Range* ranges, std::
                              lower(mine.first_base_mismatch, row, position);
                          }
                          bool finite = true;
-                         const Claims<Bits> claims{sources, cover, order};
+                         const Claims<Bits> claims{sources.data(), cover.data(),
+                                                   cover.data() + cover.size(), order};
                          const Bits result =
                              cover.size() == 1
-                                 ? alone<V>(claims[0], finite)
+                                 ? alone<V>(claims.claim(cover[0]), finite)
                                  : resolve<V>(claims, static_cast<std::int64_t>(cover.size()), base,
                                               policy, finite, conflict);
                          if (!finite) {
