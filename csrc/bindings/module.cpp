@@ -1,5 +1,5 @@
-// The only place that knows Python: arguments are checked here, the GIL is released, and the verbs
-// of csrc/cpu are called with plain pointers.
+// The only place that knows Python, with its neighbours: arguments are checked here, the GIL is
+// released, and the verbs of csrc/cpu are called with plain pointers.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/cuda.h"
 #include "bindings/sentry.h"
 #include "core/table.h"
 #include "cpu/merge.h"
@@ -342,5 +343,5 @@ PYBIND11_MODULE(_native, m) {
         py::arg("isa"));
     m.attr("COUNTS_WIDTH") = counts_width;
     m.attr("COMPILER") = __VERSION__;
-    m.attr("CUDA") = py::none();  // the CUDA toolkit's version, once csrc/cuda is built in
+    bindings::define_cuda(m);
 }

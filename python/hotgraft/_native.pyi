@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,3 +78,87 @@ def prefetch_objects(
 ) -> None: ...
 def max_workers() -> int: ...
 def isa_runs_here(isa: int) -> bool: ...
+
+class _Cuda(Protocol):
+    """The submodule `_native.cuda`. Whole numbers named after memory are addresses there."""
+
+    ARCHITECTURES: str | None
+
+    def gather(
+        self, table: tuple[int, int, int, int], item_size: int, values: int, stream: int
+    ) -> None: ...
+    def scatter(
+        self,
+        moves: Sequence[tuple[tuple[int, int, int, int], int]],
+        item_size: int,
+        stream: int,
+    ) -> None: ...
+    def compare(
+        self,
+        table: tuple[int, int, int, int],
+        item_size: int,
+        values: int,
+        report: int,
+        stream: int,
+    ) -> None: ...
+    def load_moves(self) -> None: ...
+    def scratch_size(self, n: int) -> int: ...
+    def mark_differing(
+        self, a: int, b: int, n: int, item_size: int, scratch: int, stream: int
+    ) -> None: ...
+    def write_positions(self, scratch: int, n: int, positions: int, stream: int) -> None: ...
+    def count_scores(
+        self,
+        type: int,
+        a: int,
+        b: int,
+        n: int,
+        shift: int,
+        prefix: int,
+        bins: int,
+        lowest_nan: int,
+        stream: int,
+    ) -> None: ...
+    def mark_reaching(
+        self,
+        type: int,
+        a: int,
+        b: int,
+        n: int,
+        lowest: int,
+        ties: int,
+        scratch: int,
+        more_scratch: int,
+        stream: int,
+    ) -> None: ...
+    def write_scores(
+        self,
+        type: int,
+        a: int,
+        b: int,
+        n: int,
+        scratch: int,
+        positions: int,
+        keys: int,
+        stream: int,
+    ) -> None: ...
+    def merge(
+        self,
+        spans: int,
+        inputs: int,
+        rows: int,
+        k: int,
+        n: int,
+        type: int,
+        policy: int,
+        scratch: int,
+        row_counts: int,
+        counts: int,
+        positions: int,
+        new: int,
+        old: int,
+        stream: int,
+    ) -> None: ...
+    def status(self) -> tuple[int, str, str, int, int, int]: ...
+
+cuda: _Cuda

@@ -1,21 +1,19 @@
 // The verbs without Python, built under AddressSanitizer and UBSan: every buffer is exactly as long
-// as it must be, so an access beside it ends the program. Each test prints its name; the first
-// failed check ends the program with its line.
+// as it must be, so an access beside it ends the program.
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "core/value.h"
 #include "cpu/merge.h"
 #include "cpu/move.h"
@@ -25,19 +23,7 @@
 using namespace hotgraft;
 using namespace hotgraft::cpu;
 
-#define CHECK(held)                                                        \
-    do {                                                                   \
-        if (!(held)) {                                                     \
-            std::printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #held); \
-            std::exit(1);                                                  \
-        }                                                                  \
-    } while (false)
-
 namespace {
-
-std::mt19937_64 random_bits(7);
-
-std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(random_bits() % n); }
 
 std::vector<Isa> instruction_sets() {
     std::vector<Isa> here;
@@ -442,7 +428,7 @@ void fork_safety() {
 }  // namespace
 
 int main() {
-    const std::pair<const char*, void (*)()> tests[] = {
+    const Test tests[] = {
         {"moves", moves},
         {"segments are found", segments_are_found},
         {"hints", hints},
@@ -458,11 +444,5 @@ int main() {
         {"calls from inside", calls_from_inside},
         {"fork safety", fork_safety},
     };
-    for (const auto& [name, test] : tests) {
-        std::printf("%s\n", name);
-        std::fflush(stdout);
-        test();
-    }
-    std::printf("all passed\n");
-    return 0;
+    return run_tests(tests);
 }
