@@ -111,5 +111,5 @@ def _commit() -> str | None:
             cwd=_ROOT, capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("HOTGRAFT_COMMIT")  # what was copied here without its repository
     return found + (" and changes" if changed else "")

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).with_name("results")
+GPU_MARK = "-gpu-"
+"""In the names of files from GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,16 @@ class Row:
     note: str = ""
 
     @property
+    def status(self) -> str:
+        """`measured`, or `not measured` where there are no samples: the note says why.
+
+        Example:
+            >>> Row("switch", "activate", "hotgraft", "cuda", {}, []).status
+            'not measured'
+        """
+        return "measured" if self.samples else "not measured"
+
+    @property
     def median(self) -> float:
         """The median sample."""
         return float(np.median(self.samples))
@@ -73,11 +85,17 @@ class Row:
     def line(self) -> dict[str, Any]:
         """The row for the file."""
         fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["samples"] = [round(sample, 2) for sample in self.samples]
-        fields["median"] = round(self.median, 2)
-        fields["quartiles"] = [round(q, 2) for q in self.quartiles]
+        fields["status"] = self.status
+        fields["samples"] = [_short(sample) for sample in self.samples]
+        fields["median"] = _short(self.median) if self.samples else None
+        fields["quartiles"] = [_short(q) for q in self.quartiles] if self.samples else None
         fields["targets"] = [dict(vars(t), met=t.met) for t in self.targets]
         return {"kind": "row", **fields}
+
+
+def _short(number: float) -> float:
+    """To two decimals, or three digits where that is more."""
+    return round(number, 2) if abs(number) >= 1 else float(f"{number:.3g}")
 
 
 def start(path: Path, environment: dict[str, Any]) -> None:
@@ -97,15 +115,28 @@ def _append(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def newest(folder: Path = RESULTS) -> Path:
-    """The file of the latest date.
+    """The file of the latest date, of those from CPUs.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted(folder.glob("*.jsonl"))
+    files = [path for path in sorted(folder.glob("*.jsonl")) if GPU_MARK not in path.name]
     if not files:
         raise FileNotFoundError(f"no rows in {folder.name}/: run `python -m bench run` first")
     return files[-1]
+
+
+def newest_gpu(folder: Path = RESULTS) -> Path | None:
+    """The file of the latest date, of those from GPUs. One without a GPU comes last.
+
+    Example:
+        >>> newest_gpu(Path("/nowhere")) is None
+        True
+    """
+    files = sorted(
+        folder.glob(f"*{GPU_MARK}*.jsonl"), key=lambda path: ("none" not in path.name, path.name)
+    )
+    return files[-1] if files else None
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

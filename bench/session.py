@@ -40,9 +40,10 @@ class Session:
         for row in found:
             ratio = f"{row.floor_ratio:6.2f}x floor" if row.floor_ratio is not None else " " * 12
             wrong = "" if row.correct in (None, True) else "  BITS DIFFER"
+            measured = f"{row.median:14,.1f} {row.unit:6}" if row.samples else f"  {row.status}"
             self.console.print(
                 f"{row.case:8} {row.operation:14} {row.variant:34} {_short(row.parameters):34} "
-                f"{row.median:14,.1f} {row.unit:6}{ratio}{wrong}",
+                f"{measured}{ratio}{wrong}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -97,5 +98,5 @@ def ratio(found: Sequence[Row], operation: str, variant: str, over: str, of: str
 
 
 def _short(parameters: dict[str, Any]) -> str:
-    wanted = ("shape", "density", "caches", "policy", "changed")
+    wanted = ("shape", "density", "caches", "clock", "policy", "changed")
     return " ".join(str(parameters[key]) for key in wanted if key in parameters)

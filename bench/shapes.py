@@ -65,9 +65,12 @@ SHAPES = {
         Shape("0.13B", 480, 80, 2800),
         Shape("1.3B", 1536, 256, 8960),
         Shape("3B", 2304, 384, 13440),
+        Shape("7B", 4096, 4096, 11008, 32),
+        Shape("70B", 8192, 1024, 28672, 80),
     )
 }
-"""By name. All but the first two have 196 tensors and the proportions of the 1.3 B one."""
+"""By name. The first two are for trying; up to 3 B all have 196 tensors and the proportions of the
+1.3 B one; the last two are the linear layers of Llama 2."""
 
 
 def linear(rows: int, columns: int, weight: torch.Tensor) -> torch.nn.Linear:

@@ -11,8 +11,12 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Rows = Sequence[dict[str, Any]]
 
 
-def write(page: Path, environment: dict[str, Any], rows: Rows, full: bool = True) -> None:
+def write(
+    page: Path, environment: dict[str, Any], rows: Rows, full: bool = True, more: str = ""
+) -> None:
     """Replace what stands between a page's markers, by all tables or by those on switching.
+
+    `more` comes after them.
 
     Raises:
         ValueError: the file does not have both markers, once and in order.
@@ -22,14 +26,15 @@ def write(page: Path, environment: dict[str, Any], rows: Rows, full: bool = True
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:
         raise ValueError(f"{page.name} needs the lines {BEGIN} and {END}, once each")
-    page.write_text(f"{before}{BEGIN}\n{render(environment, rows, full)}\n{END}{after}")
+    text = "\n\n".join(part for part in (render(environment, rows, full), more) if part)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def render(environment: dict[str, Any], rows: Rows, full: bool = True) -> str:
     """All the tables there are rows for, or those on switching."""
     sections = [_switching(rows), _by_size(rows)]
     if full:
-        sections += [_others(rows), _targets(rows)]
+        sections += [_others(rows), targets(rows)]
     return "\n\n".join([_machine(environment), *(s for s in sections if s)])
 
 
@@ -60,7 +65,8 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _grid(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def grid(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table, its first column to the left and the others to the right."""
     head = list(head)
     every = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in every)
@@ -76,7 +82,8 @@ def _machine(environment: dict[str, Any]) -> str:
     )
 
 
-def _find(rows: Rows, **wanted: Any) -> dict[str, Any] | None:
+def find(rows: Rows, **wanted: Any) -> dict[str, Any] | None:
+    """The first row with these fields or parameters."""
     for row in rows:
         fields = {**row["parameters"], **row}
         if all(fields.get(key) == value for key, value in wanted.items()):
@@ -84,8 +91,11 @@ def _find(rows: Rows, **wanted: Any) -> dict[str, Any] | None:
     return None
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    return "-" if row is None else amount(row["median"], row["unit"])
+def cell(row: dict[str, Any] | None) -> str:
+    """A row's median, if there is one."""
+    if row is None:
+        return "-"
+    return amount(row["median"], row["unit"]) if row["samples"] else "not measured"
 
 
 def _switching(rows: Rows) -> str:
@@ -99,7 +109,7 @@ def _switching(rows: Rows) -> str:
         case = "peft" if variant.startswith("peft") else "switch"
         these = [row for row in chosen if (row["case"], row["variant"]) == (case, variant)]
         cells = [
-            _cell(_find(these, operation=operation, caches=caches))
+            cell(find(these, operation=operation, caches=caches))
             for operation, caches in (
                 ("activate", "warm"),
                 ("activate", "cold"),
@@ -116,7 +126,7 @@ def _switching(rows: Rows) -> str:
         f"tensors, density {one['density']:g} ({one['entries']:,} entries):"
     )
     head = ["", "activate", "caches evicted", "A to B", "deactivate", "exact on the way back"]
-    return f"{title}\n\n{_grid(head, lines)}"
+    return f"{title}\n\n{grid(head, lines)}"
 
 
 def _by_size(rows: Rows) -> str:
@@ -134,19 +144,19 @@ def _by_size(rows: Rows) -> str:
             if (r["case"], r["operation"], r["parameters"]) == (row["case"], "activate", p)
         ]  # fmt: skip
         floor = min(r["median"] for r in same if r["variant"].startswith("floor"))
-        copy = _find(same, variant="torch index_copy_")
+        copy = find(same, variant="torch index_copy_")
         lines.append(
             [
                 f"{p['model_parameters'] / 1e9:.3g} B", f"{p['density']:.2g}", f"{p['entries']:,}",
                 p["caches"], time(row["median"]), time(floor), f"{row['floor_ratio']:.2f}",
-                _cell(copy),
+                cell(copy),
             ]
         )  # fmt: skip
     if not lines:
         return ""
     head = ["parameters", "density", "entries", "caches", "hotgraft", "floor", "ratio"]
     title = "**activate** by density and model size, beside the fastest plain C loop (the floor):"
-    return f"{title}\n\n{_grid([*head, 'torch index_copy_'], lines)}"
+    return f"{title}\n\n{grid([*head, 'torch index_copy_'], lines)}"
 
 
 def _others(rows: Rows) -> str:
@@ -159,7 +169,7 @@ def _others(rows: Rows) -> str:
                 for key in ("shape", "density", "changed", "caches")
                 if key in row["parameters"]
             ),
-            _cell(row),
+            cell(row),
             f"{row['floor_ratio']:.2f}" if row["floor_ratio"] else "",
         ]
         for row in rows
@@ -168,14 +178,16 @@ def _others(rows: Rows) -> str:
     if not lines:
         return ""
     head = ["", "what ran", "on", "median", "over the floor"]
-    return f"**Everything else**:\n\n{_grid(head, lines)}"
+    return f"**Everything else**:\n\n{grid(head, lines)}"
 
 
-def _targets(rows: Rows) -> str:
+def targets(rows: Rows) -> str:
+    """What was asked for, and what was measured; empty where nothing was asked."""
     lines = []
     for row in rows:
         p = row["parameters"]
-        on = ", ".join(str(p[k]) for k in ("shape", "density", "changed", "caches") if k in p)
+        told = ("shape", "density", "changed", "patches", "caches", "clock")
+        on = ", ".join(str(p[key]) for key in told if key in p)
         for target in row["targets"]:
             sign = "at least" if target["least"] else "at most"
             lines.append(
@@ -189,4 +201,4 @@ def _targets(rows: Rows) -> str:
         return ""
     met = sum(line[-1] == "yes" for line in lines)
     head = ["", "on", "what", "measured", "asked", "met"]
-    return f"**Targets**, {met} of {len(lines)} met:\n\n{_grid(head, lines)}"
+    return f"**Targets**, {met} of {len(lines)} met:\n\n{grid(head, lines)}"

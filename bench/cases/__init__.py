@@ -20,6 +20,14 @@ CASES = {
     "merge": "composing grafts; verifying a host",
 }
 
+ON_GPU = {
+    "gpu_switch": "activate, switch and deactivate on a 7 B model, beside torch and the floor",
+    "gpu_load": "from a file to live; merging resident skills",
+    "gpu_density": "the scatter by density, to where a dense copy is faster",
+    "gpu_scale": "one patch size on models of three sizes",
+}
+"""Those that need a CUDA device: without one they leave a row that says so."""
+
 
 def named(name: str) -> Callable[[Session], None]:
     """The function that runs a case."""

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a bare CUDA machine and without network: build, `pytest -m gpu`,
+# compute-sanitizer, the benches. Leaves rows, pictures, a log and a summary in a folder.
+#
+#   bench/gpu.sh OUT             all of that, in under 9 minutes
+#   bench/gpu.sh --profile OUT   build, and look at the scatter kernels with ncu
+#
+# Wants torch, pybind11, CMake, and pytest, hypothesis, typer and rich; pip and scikit-build-core
+# where they are. What is missing is named, and its step fails; the others run nevertheless. Without
+# a repository, the commit can be named in HOTGRAFT_COMMIT.
+set -uo pipefail
+
+profile=
+if [ "${1:-}" = --profile ]; then
+    profile=yes
+    shift
+fi
+if [ $# -ne 1 ]; then
+    echo "usage: bench/gpu.sh [--profile] OUT" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export TMPDIR="$work" TRITON_CACHE_DIR="$work/triton" XDG_CACHE_HOME="$work/cache" CUDA_CACHE_PATH="$work/nv"
+log="$out/log.txt"
+: >"$log"
+summary=()
+failed=0
+TOTAL=525 # seconds for all steps together
+
+# step SECONDS NAME COMMAND...: run it under a time limit, note how it ended, go on.
+step() {
+    local limit=$1 name=$2 begin=$SECONDS status left=$((TOTAL - SECONDS))
+    shift 2
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -le 0 ]; then
+        absent "$name" "no time is left"
+        return
+    fi
+    printf '\n==== %s (at most %s s): %s\n' "$name" "$limit" "$*" | tee -a "$log"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log"
+    status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || failed=1
+    note "$status" "$((SECONDS - begin)) s" "$name"
+}
+
+note() { summary+=("$(printf '%-4s %6s  %s' "$1" "$2" "$3")"); }
+
+absent() { # absent NAME WHY: a step that cannot run
+    printf '\n==== %s: %s\n' "$1" "$2" | tee -a "$log"
+    failed=1
+    note 127 "0 s" "$1: $2"
+}
+
+find_tool() { # find_tool NAME: on the PATH, or where Nsight Compute and the toolkit are put
+    command -v "$1" && return
+    local path
+    for path in /opt/nvidia/nsight-compute/*/"$1" /usr/local/cuda*/bin/"$1"; do
+        [ -x "$path" ] && echo "$path" && return
+    done
+}
+
+memcheck() { # memcheck BACKEND SECONDS
+    local tool
+    tool=$(find_tool compute-sanitizer)
+    if [ -z "$tool" ]; then
+        absent "memcheck, $1" "no compute-sanitizer here"
+        return
+    fi
+    # Each tensor an allocation of its own, so that what lies beside it is nobody's.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$2" "memcheck, $1" \
+        "$tool" --tool memcheck --error-exitcode 99 "$python" -m bench.gpu.verbs "$1"
+}
+
+tests() {
+    local ignored=()
+    mapfile -t ignored < <("$python" -m bench.gpu.preflight 2> >(tee -a "$log" >&2))
+    if [ ${#ignored[@]} -gt 0 ]; then
+        note - - "left out of the tests: ${ignored[*]#--ignore=}"
+    fi
+    step 110 "pytest -m gpu" "$python" -m pytest -m gpu -q -p no:cacheprovider \
+        --continue-on-collection-errors --durations 5 "${ignored[@]}" tests
+}
+
+step 140 build "$python" bench/gpu/build.py "$work/site"
+step 10 doctor "$python" -c "from hotgraft.cli import main; main()" doctor
+if [ -n "$profile" ]; then
+    ncu=$(find_tool ncu)
+    if [ -z "$ncu" ]; then
+        absent profile "no ncu here"
+    else
+        # The clocks are left as they are: the card is shared.
+        step 240 profile "$ncu" --clock-control none --set full --kernel-name regex:scatter \
+            --launch-count 12 --log-file "$out/profile.txt" "$python" -m bench.gpu.profile
+    fi
+else
+    tests
+    memcheck cuda 45
+    memcheck triton 45
+    step 60 "bench gpu_switch" "$python" -m bench run gpu_switch --results "$out"
+    step 30 "bench gpu_load" "$python" -m bench run gpu_load --results "$out"
+    step 40 "bench gpu_density" "$python" -m bench run gpu_density --results "$out"
+    step 40 "bench gpu_scale" "$python" -m bench run gpu_scale --results "$out"
+    step 10 "table and pictures" "$python" -m bench gpu "$out"
+fi
+
+{
+    printf '\nstatus  took  step (0: fine, 124 or 137: out of time, 127: not there)\n'
+    printf '%s\n' "${summary[@]}"
+    printf '%s s in all: %s\n' "$SECONDS" "$([ $failed -eq 0 ] && echo "all fine" || echo "SOMETHING FAILED")"
+} | tee "$out/summary.txt"
+exit $failed
