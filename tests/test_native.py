@@ -32,7 +32,7 @@ def test_native(tmp_path):
     options = (
         "CMAKE_BUILD_TYPE=Debug",
         "HOTGRAFT_PYTHON=OFF",
-        "CMAKE_CUDA_ARCHITECTURES=90",  # where nvcc is: for its warnings, one will do
+        "HOTGRAFT_CUDA_ARCHITECTURES=90",  # where nvcc is: for its warnings, one will do
         "HOTGRAFT_NATIVE_TESTS=ON",
         "HOTGRAFT_WERROR=ON",
     )
