@@ -404,6 +404,7 @@ def doctor(as_json: Json = False) -> None:
         output.result(found)
         native, parts = found["native"], found["demo"]
         sets = native["instruction_sets"] if native else {}
+        cuda = native["cuda"] if native else None
         output.facts(
             {
                 "hotgraft": f"{found['hotgraft']}, Python {found['python']}, {found['platform']}",
@@ -415,7 +416,10 @@ def doctor(as_json: Json = False) -> None:
                     name if runs else f"({name}: not on this processor)"
                     for name, runs in sets.items()
                 ),
-                "CUDA": (native and native["cuda"]) or "not built in this version",
+                "CUDA": f"{cuda['toolkit']}, built for {', '.join(cuda['targets'])}"
+                if cuda
+                else "not built: no nvcc was found",
+                "GPUs": ", ".join(found["gpus"]) or "none that torch sees",
                 "demo": f"ready, model in {parts['model']}" if parts["ready"] else parts["why_not"],
                 **{
                     f"  {name}": installed or "not installed"

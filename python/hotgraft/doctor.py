@@ -19,7 +19,8 @@ def diagnose() -> dict[str, Any]:
     """Everything that `hotgraft doctor` says, as JSON can hold it.
 
     Keys: `hotgraft`, `python`, `platform`, `torch`, `torch_threads`, `native` (None where the
-    extension does not load; else `compiler`, `threads`, `instruction_sets`, `cuda`), `backends`
+    extension does not load; else `compiler`, `threads`, `instruction_sets`, and `cuda` with the
+    `toolkit` and the `targets` it was built for, or None), `gpus` (what torch sees), `backends`
     (each name with None, or why it does not work here), `demo`, and `ok`: whether weights on the
     CPU can be grafted with the compiled kernels.
 
@@ -35,6 +36,7 @@ def diagnose() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "native": _native() if backends["cpu"] is None else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": backends,
         "demo": _demo(),
         "ok": backends["cpu"] is None,
@@ -53,8 +55,25 @@ def _native() -> dict[str, Any]:
             for code, name in enumerate(INSTRUCTION_SETS)
             if name != "best"
         },
-        "cuda": native.CUDA,
+        "cuda": native.CUDA and {"toolkit": native.CUDA, "targets": cuda_targets()},
     }
+
+
+def cuda_targets() -> list[str]:
+    """What the CUDA kernels were built for: machine code (`sm_90`) and PTX (`compute_100`).
+
+    Example:
+        >>> all(target.startswith(("sm_", "compute_")) for target in cuda_targets())
+        True
+    """
+    from hotgraft import _native as native
+
+    found = []
+    for entry in (native.cuda.ARCHITECTURES or "").split():
+        number, _, kind = entry.partition("-")
+        found += [f"sm_{number}"] if kind != "virtual" else []
+        found += [f"compute_{number}"] if kind != "real" else []
+    return found
 
 
 def _demo() -> dict[str, Any]:
