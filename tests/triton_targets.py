@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 A100, H100 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)
+B200 = GPUTarget("cuda", 100, 32)
 MI300 = GPUTarget("hip", "gfx942", 64)
 RANKED = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "I8", "U32", "U64")
 """Each way to decode an element."""
@@ -81,7 +82,7 @@ class Build(NamedTuple):
 def builds() -> Iterator[Build]:
     """Moves of every item size, scores of every kind, merges under every policy."""
     moves = (move.gather_kernel, move.scatter_kernel, move.compare_kernel)
-    for target, sizes in ((H100, (1, 2, 4, 8)), (A100, (2, 4)), (MI300, (2,))):
+    for target, sizes in ((H100, (1, 2, 4, 8)), (A100, (2, 4)), (B200, (2,)), (MI300, (2,))):
         for size in sizes:
             for kernel in moves:
                 yield Build(kernel, size, LAUNCH, f"{8 * size}-bit", target)

@@ -125,6 +125,10 @@ def is_interpreted() -> bool:
 
     Raises:
         ImportError: Triton is not installed.
+
+    Example:
+        >>> open_backend(torch.device("cpu")).name if is_interpreted() else "needs a GPU"
+        'triton'
     """
     jit = importlib.import_module("triton").JITFunction
     return not isinstance(_kernels("move").gather_kernel, jit)
@@ -135,13 +139,20 @@ def open_backend(device: torch.device, stream: torch.cuda.Stream | None = None) 
 
     Raises:
         BackendError: Triton is not installed, or does not run on that device.
+
+    Example:
+        >>> open_backend(torch.device("meta"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        hotgraft.errors.BackendError: backend 'triton': ...
     """
     reason = why_not()
-    if reason is None and is_interpreted() != (device.type == "cpu"):
-        if device.type == "cpu":
-            reason = "it runs on the CPU only with TRITON_INTERPRET=1 in the environment"
-        else:
+    if reason is None and is_interpreted():
+        if device.type != "cpu":
             reason = f"TRITON_INTERPRET is set: Triton's kernels run on the CPU, not on {device}"
+    elif reason is None and device.type == "cpu":
+        reason = "it runs on the CPU only with TRITON_INTERPRET=1 in the environment"
+    elif reason is None and device.type != "cuda":
+        reason = f"it runs on CUDA devices, not on {device}"
     if reason is not None:
         raise BackendError(f"backend 'triton': {reason}")
     return TritonBackend(device, stream)
