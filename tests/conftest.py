@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     It is settled when they are imported, which no test module has done yet.
     """
     if config.option.markexpr != "gpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 WORKSHOPS = [
