@@ -1,4 +1,4 @@
-"""Backends for devices against the reference: Triton's under its interpreter, all on a GPU."""
+"""Backends for devices against the reference: Triton interpreted, CUDA imitated, both on a GPU."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from hotgraft.kernels import POLICIES, Pair, Part, Source, ranking, resolve
 from hotgraft.kernels.device import TILE, DeviceBackend, DeviceSource, tiles_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imitation import imitated
 from test_merge import merges, numbers
 from test_move import LAST, SIZES, stretches
 from test_select import levels, pair, random_pairs, tied_pairs
 
 WHICH = [
+    pytest.param(("cuda", "cpu"), id="cuda-imitated"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
     pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
@@ -39,7 +41,7 @@ everywhere = pytest.mark.parametrize("which", WHICH)
 @functools.cache
 def opened(which: tuple[str, str]) -> OnDevice:
     """The backend of that name for that device, behind numpy arrays."""
-    backend = resolve(*which)
+    backend = imitated() if which == ("cuda", "cpu") else resolve(*which)
     assert isinstance(backend, DeviceBackend)
     return OnDevice(backend)
 

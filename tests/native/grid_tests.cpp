@@ -1,15 +1,16 @@
 // The moves of the CUDA kernels, on the CPU: the code of core/grid.h over whole grids, one thread
-// after another, against plain loops. Only what a warp adds up is imitated. Under AddressSanitizer
-// and UBSan; every buffer is exactly as long as it must be.
+// after another, against plain loops. Under AddressSanitizer and UBSan; every buffer is exactly as
+// long as it must be.
 #include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "check.h"
-#include "core/atomic.h"
 #include "core/grid.h"
+#include "imitation.h"
 
 using namespace hotgraft;
+using imitation::for_threads;
 
 namespace {
 
@@ -75,33 +76,14 @@ struct Values {
     std::vector<T> all() const { return {data, data + n}; }
 };
 
-template <class F>
-void for_threads(std::int64_t blocks, F&& f) {
-    for (std::int64_t block = 0; block < blocks; ++block) {
-        for (int thread = 0; thread < grid::threads; ++thread) f(block, thread);
-    }
-}
-
 struct Mismatch {
     Number count = 0, from_end = 0;
 };
 
-// As compare_kernel: of each warp the first lane that differs has the lowest entry.
 template <class T>
 Mismatch compare(const grid::Move<T>& move) {
     Mismatch found;
-    const std::int64_t n = move.table.n_entries;
-    std::int64_t told = -1;  // the last warp that reported a place
-    for_threads(grid::blocks_for(n), [&](std::int64_t block, int thread) {
-        const std::uint32_t different = grid::compare(move, block, thread);
-        if (!different) return;
-        add(&found.count, __builtin_popcount(different));
-        const std::int64_t warp = block * grid::threads + thread / 32 * 32;
-        if (told == warp) return;
-        told = warp;
-        const auto share = grid::share_of(n, block, thread);
-        raise(&found.from_end, n - (share.first + __builtin_ctz(different)));
-    });
+    imitation::compare(move, &found.count, &found.from_end);
     return found;
 }
 

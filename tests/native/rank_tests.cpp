@@ -1,6 +1,6 @@
 // select and merge of the CUDA kernels, on the CPU: the code of core/ranks.h, core/select.h and
-// core/merge.h over whole grids, one item after another, against csrc/cpu and plain loops. Only the
-// passes of cuda/compact.cuh are imitated. Under AddressSanitizer and UBSan.
+// core/merge.h over whole grids, one item after another, against csrc/cpu and plain loops. Under
+// AddressSanitizer and UBSan.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -11,8 +11,11 @@
 #include "core/select.h"
 #include "cpu/merge.h"
 #include "cpu/select.h"
+#include "imitation.h"
 
 using namespace hotgraft;
+using imitation::mark;
+using imitation::use_marked;
 
 namespace {
 
@@ -26,36 +29,6 @@ struct Scratch {
         : memory(Ranks::scratch_size(n) / sizeof(std::int64_t), -1),
           ranks(Ranks::in(memory.data(), n)) {}
 };
-
-// As mark_kernel and add_up_kernel.
-template <class Mark>
-void mark(const Mark& test, const Ranks& ranks) {
-    std::int64_t total = 0;
-    for (std::int64_t tile = 0; tile < Ranks::tiles_for(ranks.n); ++tile) {
-        std::uint32_t before = 0;
-        for (std::int64_t w = 0; w < Ranks::words_a_tile; ++w) {
-            const std::int64_t word = tile * Ranks::words_a_tile + w;
-            std::uint32_t bits = 0;
-            for (int lane = 0; lane < Ranks::items_a_word; ++lane) {
-                const std::int64_t item = word * Ranks::items_a_word + lane;
-                const bool passed = test(item < ranks.n ? item : ranks.n - 1) && item < ranks.n;
-                bits |= static_cast<std::uint32_t>(passed) << lane;
-            }
-            ranks.words[word] = {bits, before};
-            before += count_bits(bits);
-        }
-        ranks.offsets[tile] = total;
-        total += before;
-    }
-    *ranks.total = total;
-}
-
-template <class Use>
-void use_marked(const Use& use, const Ranks& ranks) {
-    for (std::int64_t item = 0; item < ranks.n; ++item) {
-        if (ranks.marked(item)) use(item, ranks.before(item));
-    }
-}
 
 void ranks() {
     for (std::int64_t n : {0, 1, 31, 32, 33, 8191, 8192, 8193, 3 * 8192, 50'000}) {

@@ -34,21 +34,23 @@ class NativeCuda(DeviceBackend):
     """
 
     name = "cuda"
+    _kernels = _native.cuda
+    """A test puts an imitation here."""
 
     # ---- moves -----------------------------------------------------------------------------------
 
     def _gather(self, table: DeviceTable, values: Device) -> None:
-        _native.cuda.gather(_table(table), table.item_size, values.data_ptr(), self._handle())
+        self._kernels.gather(_table(table), table.item_size, values.data_ptr(), self._handle())
 
     def _scatter(self, moves: Sequence[Move]) -> None:
-        _native.cuda.scatter(
+        self._kernels.scatter(
             [(_table(move.table), move.values.data_ptr()) for move in moves],
             moves[0].table.item_size,
             self._handle(),
         )
 
     def _compare(self, table: DeviceTable, values: Device, report: Device) -> None:
-        _native.cuda.compare(
+        self._kernels.compare(
             _table(table), table.item_size, values.data_ptr(), report.data_ptr(), self._handle()
         )
 
@@ -57,18 +59,18 @@ class NativeCuda(DeviceBackend):
     def _differing(self, base: Device, finetuned: Device, item_size: int) -> Device:
         n = base.nbytes // item_size
         scratch, stream = self._scratch(n), self._handle()
-        _native.cuda.mark_differing(
+        self._kernels.mark_differing(
             base.data_ptr(), finetuned.data_ptr(), n, item_size, scratch.data_ptr(), stream
         )
         positions = self._empty(int(scratch[0]), torch.int32)
-        _native.cuda.write_positions(scratch.data_ptr(), n, positions.data_ptr(), stream)
+        self._kernels.write_positions(scratch.data_ptr(), n, positions.data_ptr(), stream)
         return positions
 
     def _count_scores(
         self, base: Device, finetuned: Device, dtype: DType, shift: int, prefix: int, bins: Device
     ) -> int:
         lowest_nan = torch.full((1,), _NO_PLACE, dtype=torch.int64, device=self.device)
-        _native.cuda.count_scores(
+        self._kernels.count_scores(
             dtype.code,
             base.data_ptr(),
             finetuned.data_ptr(),
@@ -88,12 +90,12 @@ class NativeCuda(DeviceBackend):
         items = (dtype.code, base.data_ptr(), finetuned.data_ptr(), n)
         scratch, stream = self._scratch(n), self._handle()
         more = self._scratch(n if 0 < ties < n else 0)
-        _native.cuda.mark_reaching(
+        self._kernels.mark_reaching(
             *items, lowest, ties, scratch.data_ptr(), more.data_ptr(), stream
         )
         total = int(scratch[0])
         positions, keys = self._empty(total, torch.int32), self._empty(total, torch.int64)
-        _native.cuda.write_scores(
+        self._kernels.write_scores(
             *items, scratch.data_ptr(), positions.data_ptr(), keys.data_ptr(), stream
         )
         return positions, keys
@@ -116,9 +118,9 @@ class NativeCuda(DeviceBackend):
         counted = np.zeros(4 + k * k + rows, np.int64)
         counted[[1, 3]] = _NO_PLACE
         spans_there, inputs_there, counted_there = self._upload([spans, inputs, counted])
-        positions = self._empty(n, torch.int32)
+        scratch, positions = self._scratch(n), self._empty(n, torch.int32)
         new, old = (self._empty(n * dtype.item_size, torch.uint8) for _ in range(2))
-        _native.cuda.merge(
+        self._kernels.merge(
             spans_there.data_ptr(),
             inputs_there.data_ptr(),
             rows,
@@ -126,7 +128,7 @@ class NativeCuda(DeviceBackend):
             n,
             dtype.code,
             POLICIES.index(policy),
-            self._scratch(n).data_ptr(),
+            scratch.data_ptr(),
             counted_there.data_ptr() + 8 * (4 + k * k),
             counted_there.data_ptr(),
             positions.data_ptr(),
@@ -156,7 +158,7 @@ class NativeCuda(DeviceBackend):
 
     def _scratch(self, n: int) -> Device:
         """Room for the ranks of n items, as int64."""
-        return self._empty(_native.cuda.scratch_size(n) // 8, torch.int64)
+        return self._empty(self._kernels.scratch_size(n) // 8, torch.int64)
 
     def _handle(self) -> int:
         """The stream that `_current` made current."""
