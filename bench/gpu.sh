@@ -77,21 +77,27 @@ memcheck() { # memcheck BACKEND SECONDS
     fi
     # Each tensor an allocation of its own, so that what lies beside it is nobody's.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$2" "memcheck, $1" \
-        "$tool" --tool memcheck --error-exitcode 99 "$python" -m bench.gpu.verbs "$1"
+        "$tool" --tool memcheck --report-api-errors no --error-exitcode 99 "$python" -m bench.gpu.verbs "$1"
 }
 
 tests() {
-    local ignored=()
+    local ignored=() parallel=()
     mapfile -t ignored < <("$python" -m bench.gpu.preflight 2> >(tee -a "$log" >&2))
     if [ ${#ignored[@]} -gt 0 ]; then
         note - - "left out of the tests: ${ignored[*]#--ignore=}"
     fi
-    step 110 "pytest -m gpu" "$python" -m pytest -m gpu -q -p no:cacheprovider \
-        --continue-on-collection-errors --durations 5 "${ignored[@]}" tests
+    # Compiling Triton's kernels is what takes time, and can be shared out. The workers have to
+    # collect the same tests, whatever order sets have.
+    export PYTHONHASHSEED=0
+    if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6 -p no:benchmark); fi
+    step 130 "pytest -m gpu" "$python" -m pytest -m gpu -v --tb=short -p no:cacheprovider \
+        --continue-on-collection-errors --durations 5 "${parallel[@]}" "${ignored[@]}" tests
+    unset PYTHONHASHSEED
 }
 
 step 140 build "$python" bench/gpu/build.py "$work/site"
-step 10 doctor "$python" -c "from hotgraft.cli import main; main()" doctor
+step 10 doctor "$python" -c \
+    "import hotgraft; print(hotgraft.__file__); from hotgraft.cli import main; main()" doctor
 if [ -n "$profile" ]; then
     ncu=$(find_tool ncu)
     if [ -z "$ncu" ]; then
@@ -103,13 +109,12 @@ if [ -n "$profile" ]; then
     fi
 else
     tests
-    memcheck cuda 45
-    memcheck triton 45
-    step 60 "bench gpu_switch" "$python" -m bench run gpu_switch --results "$out"
-    step 30 "bench gpu_load" "$python" -m bench run gpu_load --results "$out"
-    step 40 "bench gpu_density" "$python" -m bench run gpu_density --results "$out"
-    step 40 "bench gpu_scale" "$python" -m bench run gpu_scale --results "$out"
-    step 10 "table and pictures" "$python" -m bench gpu "$out"
+    memcheck cuda 50
+    for case in switch load density scale; do
+        step 60 "bench gpu_$case" "$python" -m bench run "gpu_$case" --results "$out"
+    done
+    step 15 "table and pictures" "$python" -m bench gpu "$out"
+    memcheck triton 60
 fi
 
 {

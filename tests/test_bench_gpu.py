@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -263,6 +263,45 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+
+
+# ---- clocks ------------------------------------------------------------------------------------
+
+
+class Event:
+    """Notes when it is recorded; the first one is reached late only from the third try on."""
+
+    notes: ClassVar[list[str]] = []
+
+    def record(self) -> None:
+        self.notes.append("event")
+
+    def query(self) -> bool:
+        return self.notes.count("event") < 6
+
+    def elapsed_time(self, other: Event) -> float:
+        assert isinstance(other, Event)
+        return 0.25
+
+
+def test_device_time_is_taken_behind_a_kernel_that_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Event.notes
+    notes.clear()
+    monkeypatch.setattr("bench.gpu.lab._event", Event)
+    monkeypatch.setattr("bench.gpu.lab._spin", lambda cycles: notes.append(f"spin {cycles}"))
+    monkeypatch.setattr(Lab, "synchronize", lambda _: notes.append("wait"))
+    monkeypatch.setattr(Lab, "_evict", lambda _: notes.append("evict"))
+    lab = Lab()
+    assert lab.device_us(lambda: notes.append("call"), 50, cold=True) == 250
+    # Twice the events were reached before everything was enqueued: again, with a longer spin.
+    spins = ["spin 400000", "spin 1200000", "spin 3600000"]
+    assert notes == [
+        note for spin in spins for note in ("wait", spin, "evict", "event", "call", "event", "wait")
+    ]
+    notes.clear()
+    assert lab.call_us(lambda: notes.append("call")) >= 0
+    assert lab.done_us(lambda: notes.append("call")) >= 0
+    assert notes == ["wait", "call", "wait"] * 2
 
 
 # ---- shapes and patches -------------------------------------------------------------------------

@@ -50,5 +50,6 @@ def _one(session: Session, findings: Findings, full: shapes.Shape) -> None:
         if shape.layers < full.layers:
             way.body += f"; {shape.layers} of {full.layers} layers, as memory allows"
     rounds = session.pick(ROUNDS, {"device": 2, "call": 2})
-    report.measure(findings, ways, patch, report.sizes(shape, patch), rounds, patch.moved_bytes)
+    sizes = report.sizes(shape, patch)
+    report.measure(findings, ways, patch, sizes, rounds, patch.moved_bytes, judged=False)
     report.release(hosts)

@@ -3,8 +3,9 @@
  * A scatter of two-byte items: no table, no segments, no binary search. `each` entries a thread,
  * their loads and stores independent of one another. Compiled when the bench runs.
  */
-#include <cstdint>
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 namespace {
 
