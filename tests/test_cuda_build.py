@@ -113,24 +113,40 @@ def test_no_access_asks_which_memory_it_is_in(assembly):
 WIDTHS = {1: r"\.U8", 2: r"\.U16", 4: "", 8: r"\.64"}
 
 
-def test_eight_accesses_are_under_way_at_once(assembly):
-    """All eight cells of a thread are touched in one straight run of code.
+def straight_runs(body: str) -> list[list[str]]:
+    """The instructions, parted where the code branches."""
+    runs: list[list[str]] = [[]]
+    for line in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?;)", body, re.M):
+        if re.search(r"\b(BRA|BSYNC|BSSY|EXIT|RET|CALL)\b", line):
+            runs.append([])
+        else:
+            runs[-1].append(line)
+    return runs
 
-    No branch stands between them, and for gather and compare nothing that uses what was loaded.
-    """
+
+def test_eight_stores_follow_one_another(assembly):
+    """A thread's cells are written in one straight run of code, in each of the two moves."""
     for kernel, body in assembly.items():
-        code = [line for line in body.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
-        runs, run = [], []
-        for line in code:
-            if re.search(r"\b(BRA|BSYNC|BSSY|EXIT|RET|CALL)\b", line):
-                runs.append(run)
-                run = []
-            else:
-                run.append(line)
-        access = "ST" if kernel.verb == "scatter_kernel" else "LD"
-        wanted = rf"\b{access}G\.E{WIDTHS[kernel.item_size]} "
-        counts = [sum(bool(re.search(wanted, line)) for line in run) for run in runs]
-        assert max(counts) >= 8, f"{kernel}: {counts}"
+        if kernel.verb == "scatter_kernel":
+            store = rf"STG\.E{WIDTHS[kernel.item_size]} "
+            counts = [sum(bool(re.match(store, i)) for i in run) for run in straight_runs(body)]
+            assert [n for n in counts if n] == [8, 8], kernel
+
+
+def test_eight_loads_are_under_way_at_once(assembly):
+    """A thread's cells are the last that it loads; none is looked at before all are asked for."""
+    for kernel, body in assembly.items():
+        if kernel.verb == "scatter_kernel":
+            continue
+        load = rf"LDG\.E{WIDTHS[kernel.item_size]} R(\d+)"
+        run = [run for run in straight_runs(body) if any(re.match(load, i) for i in run)][-1]
+        loads = [i for i, line in enumerate(run) if re.match(load, line)][-8:]
+        assert len(loads) == 8, kernel
+        for at in loads:
+            register = int(re.match(load, run[at])[1])
+            for used in range(register, register + max(1, kernel.item_size // 4)):
+                meanwhile = "\n".join(run[at + 1 : loads[-1]])
+                assert not re.search(rf"\bR{used}\b", meanwhile), f"{kernel}: R{used}\n{meanwhile}"
 
 
 def test_the_extension_needs_neither_the_cuda_runtime_nor_torch(built):
