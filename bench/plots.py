@@ -33,13 +33,15 @@ def draw(folder: Path, environment: dict[str, Any], rows: Rows) -> list[Path]:
     return drawn
 
 
-def _color(variant: str) -> str:
+def color_of(variant: str) -> str:
+    """Ours, the floor's, or anybody else's."""
     if variant == "hotgraft":
         return _MINE
     return _FLOOR if variant.startswith("floor") else _OTHER
 
 
-def _bare(axes: Any) -> None:
+def bare(axes: Any) -> None:
+    """Take away what is no data."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(colors=_INK, labelsize=8)
@@ -60,7 +62,7 @@ def _ways(rows: Rows) -> Any:
     figure, axes = plt.subplots(figsize=(7, 0.36 * len(chosen) + 1.1), layout="constrained")
     medians = [row["median"] for row in chosen]
     labels = [row["variant"] for row in chosen]
-    axes.barh(labels, medians, color=[_color(label) for label in labels], height=0.65)
+    axes.barh(labels, medians, color=[color_of(label) for label in labels], height=0.65)
     for at, row in enumerate(chosen):
         low, high = row["quartiles"]
         axes.plot([low, high], [at, at], color=_INK, linewidth=1)
@@ -73,7 +75,7 @@ def _ways(rows: Rows) -> Any:
         fontsize=10,
     )
     axes.set_xlabel("microseconds, caches warm (bar: median, line: quartiles)", fontsize=8)
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -105,7 +107,7 @@ def _ratios(rows: Rows) -> Any:
         panel.axhline(1.0, color=_OTHER, linewidth=1)
         panel.set_xscale("log")
         panel.set_xlabel(label, fontsize=8)
-        _bare(panel)
+        bare(panel)
     axes[0].set_ylabel("time over the plain C loop's", fontsize=8)
     axes[0].set_ylim(bottom=0.8)
     if axes[0].lines[2:]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.plots import _bare, _color, plt
+from matplotlib import pyplot as plt
+
+from bench.plots import bare, color_of
 from bench.tables import Rows, time
 
 _STYLES = (
@@ -52,7 +54,7 @@ def _ways(rows: Rows) -> Any:
     figure, axes = plt.subplots(figsize=(7, 0.36 * len(chosen) + 1.1), layout="constrained")
     medians = [row["median"] for row in chosen]
     labels = [row["variant"] for row in chosen]
-    axes.barh(labels, medians, color=[_color(label.partition(",")[0]) for label in labels])
+    axes.barh(labels, medians, color=[color_of(label.partition(",")[0]) for label in labels])
     for at, row in enumerate(chosen):
         axes.text(row["median"] * 1.15, at, time(row["median"]), va="center", fontsize=8)
     axes.set_xscale("log")
@@ -63,7 +65,7 @@ def _ways(rows: Rows) -> Any:
         fontsize=10,
     )
     axes.set_xlabel("microseconds of device time, L2 emptied (median)", fontsize=8)
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -92,5 +94,5 @@ def _densities(rows: Rows) -> Any:
     one = chosen[0]["parameters"]
     axes.set_title(f"Writing into {one['model_parameters'] / 1e9:.2g} B parameters", fontsize=10)
     axes.legend(fontsize=7, frameon=False)
-    _bare(axes)
+    bare(axes)
     return figure

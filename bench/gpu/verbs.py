@@ -98,8 +98,8 @@ def _selects(backend: DeviceBackend, name: str) -> list[str]:
         mine, judged = backend.select(there, k), REFERENCE.select(here, k)
         if not all(map(np.array_equal, mine, judged)):
             wrong.append(f"select {k}")
-    for mine, judged in zip(there, here, strict=True):
-        found, wanted = _difference(backend, mine), _difference(REFERENCE, judged)
+    for one, other in zip(there, here, strict=True):
+        found, wanted = _difference(backend, one), _difference(REFERENCE, other)
         if not all(map(np.array_equal, found, wanted)):
             wrong.append("difference")
     return wrong
