@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the bench is no package that is installed
 
 from bench import cases, rows, shapes  # noqa: E402
+from bench.cases import gpu_density  # noqa: E402
 from bench.gpu import build, environment, floor, plots, preflight, tables, verbs, work  # noqa: E402
 from bench.gpu import ways as how  # noqa: E402
 from bench.gpu.lab import Lab  # noqa: E402
@@ -218,6 +219,21 @@ def test_a_backend_that_fails_stops_neither_the_other_nor_the_rows(tmp_path: Pat
     (missing,) = {row["note"] for row in left if row["variant"] == "hotgraft, triton"}
     assert missing == "RuntimeError: it does not work"
     assert any(row["variant"] == "hotgraft, cuda" and row["samples"] for row in left)
+
+
+def test_the_crossover_lies_between_its_neighbours() -> None:
+    def row(variant: str, density: float, median: float) -> rows.Row:
+        about = {"caches": "cold", "density": density}
+        return rows.Row("gpu_density", "activate", variant, "", about, [median])
+
+    every = [row("mine", d, us) for d, us in ((1e-4, 10.0), (1e-3, 100.0), (1e-2, 1000.0))]
+    every += [row(how.DENSE, d, 300.0) for d in (1e-4, 1e-3, 1e-2)]
+    (at,) = gpu_density.crossover(every, "mine").samples
+    assert at == pytest.approx(3e-3, rel=0.01)
+    assert (
+        gpu_density.crossover(every[:2] + every[3:], "mine").note == "none between 0.0001 and 0.001"
+    )
+    assert gpu_density.crossover([], "mine").note == "not measured"
 
 
 def test_wrong_bits_are_noticed_and_fail_the_run(tmp_path: Path) -> None:

@@ -55,12 +55,10 @@ def measure(session: Session, lab: Lab) -> None:
         ways = [scatter_way(backend, patch) for backend in backends.values()]
         ways += findings.floor_ways(functools.partial(how.floor_ways, a=patch))
         ways += [how.index_copy_way(patch), how.dense_way(patch, session.pick(2, 1))]
-        for way in ways:
-            way.check(how.expected(judge, patch))
+        ways = findings.checked(ways, how.expected(judge, patch))
         for caches in ("warm", "cold"):
-            how.sample(
-                lab, ways, session.pick(ROUNDS[density <= 1e-3], 2), "device", caches == "cold"
-            )
+            rounds = session.pick(ROUNDS[density <= 1e-3], 2)
+            report.sample(lab, ways, rounds, "device", caches, judge)
             parameters = {**report.sizes(shape, patch), "density": density}
             found = make_rows(
                 CASE, ways, {**parameters, "caches": caches, "clock": "device"},
@@ -115,5 +113,9 @@ def crossover(rows: Sequence[Row], variant: str) -> Row:
             at = left - below * (right - left) / (above - below)
             result.samples = [float(f"{math.exp(at):.3g}")]
     if not result.samples:
-        result.note = f"none between {min(times[variant]):g} and {max(times[variant]):g}"
+        result.note = (
+            f"none between {min(times[variant]):g} and {max(times[variant]):g}"
+            if gaps
+            else "not measured"
+        )
     return result

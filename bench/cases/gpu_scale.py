@@ -45,11 +45,11 @@ def _one(session: Session, findings: Findings, full: shapes.Shape) -> None:
     ways = [how.hotgraft_way(host, name) for name, host in hosts.items()]
     ways += findings.floor_ways(functools.partial(how.floor_ways, a=patch))
     ways.append(how.index_copy_way(patch))
+    ways = findings.checked(ways, how.expected(judge, patch))
     for way in ways:
-        way.check(how.expected(judge, patch))
         if shape.layers < full.layers:
             way.body += f"; {shape.layers} of {full.layers} layers, as memory allows"
     rounds = session.pick(ROUNDS, {"device": 2, "call": 2})
     sizes = report.sizes(shape, patch)
-    report.measure(findings, ways, patch, sizes, rounds, patch.moved_bytes, judged=False)
+    report.measure(findings, ways, patch, sizes, rounds, patch.moved_bytes, judge, targets=False)
     report.release(hosts)

@@ -52,12 +52,12 @@ def measure(session: Session, lab: Lab) -> None:
         how.nan_dense_way(one, session.pick(SLOW, 1)),
         how.dense_way(one, session.pick(SLOW, 1)),
     ]
-    for way in ways:
-        way.check(how.expected(judge, one))
-    lora = how.lora_way(tensors, session.pick(SLOW, 1))
-    lora.check({**how.expected(judge, one), how.ACTIVATE: lambda: True})
+    expected = how.expected(judge, one)
+    ways = findings.checked(ways, expected)
+    lora = [how.lora_way(tensors, session.pick(SLOW, 1))]
+    ways += findings.checked(lora, {**expected, how.ACTIVATE: lambda: True})
     parameters = report.sizes(shape, one)
-    report.measure(findings, [*ways, lora], one, parameters, rounds, one.moved_bytes)
+    report.measure(findings, ways, one, parameters, rounds, one.moved_bytes, judge)
     del ways, lora
     lab.release()
 
@@ -69,11 +69,10 @@ def measure(session: Session, lab: Lab) -> None:
             functools.partial(how.floor_switches, a=one, b=two, apart=apart)
         )
         ways.append(how.index_copy_switch(one, two))
-        for way in ways:
-            way.check(how.expected(judge, one, two))
+        ways = findings.checked(ways, how.expected(judge, one, two))
         report.measure(
             findings, ways, one, {**parameters, "patches": kind}, rounds,
-            one.moved_bytes + two.moved_bytes,
+            one.moved_bytes + two.moved_bytes, judge,
         )  # fmt: skip
     report.release(hosts)
     findings.conclude()

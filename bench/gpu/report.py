@@ -11,9 +11,9 @@ from hotgraft import Graft, Host
 
 from bench import shapes
 from bench.gpu import ways as how
-from bench.gpu.lab import Lab
+from bench.gpu.lab import Call, Lab
 from bench.gpu.ways import Way
-from bench.gpu.work import Patch
+from bench.gpu.work import Judge, Patch
 from bench.gpu.work import model as model_of
 from bench.rows import Row, Target
 from bench.session import Session, make_rows, ratio
@@ -78,6 +78,18 @@ class Findings:
             return []
         return make(self.lab.floor)
 
+    def checked(self, ways: Sequence[Way], expected: dict[str, Call]) -> list[Way]:
+        """Those of the ways that go round without an exception; see `Way.check`."""
+        found = []
+        for way in ways:
+            try:
+                way.check(expected)
+            except Exception as error:  # the others can still be measured
+                self.failed(way.name, error)
+            else:
+                found.append(way)
+        return found
+
     def conclude(self) -> None:
         """Raises `RuntimeError` if something went wrong: the rows are kept, the run fails."""
         if self.wrong:
@@ -98,6 +110,14 @@ def not_measured(case: str, operation: str, variant: str, why: str) -> Row:
     return Row(case, operation, variant, "nothing ran", {}, [], note=why)
 
 
+def sample(lab: Lab, ways: list[Way], rounds: int, clock: str, caches: str, judge: Judge) -> None:
+    """Sample ways, and see that they led back to the base's bits."""
+    how.sample(lab, ways, rounds, clock, caches == "cold")
+    restored = judge.is_base()
+    for way in ways:
+        way.correct = bool(way.correct) and restored
+
+
 def measure(
     findings: Findings,
     ways: list[Way],
@@ -105,26 +125,28 @@ def measure(
     parameters: dict[str, Any],
     rounds: dict[str, int],
     moved_bytes: int,
-    judged: bool = True,
+    judge: Judge,
+    targets: bool = True,
 ) -> None:
-    """Sample ways by each clock, and make and keep their rows.
+    """Sample ways by each clock, see that they lead back, and make and keep their rows.
 
     Args:
         patch: what goes in, for the sizes that the rows state.
         rounds: how many by each clock.
         moved_bytes: what a step has to move, of those ways that do not copy whole tensors.
-        judged: whether the rows get the targets, which are for the 7 B shape.
+        judge: knows what memory should hold afterwards.
+        targets: whether the rows get the targets, which are for the 7 B shape.
     """
     for clock, caches in CLOCKS:
-        how.sample(findings.lab, ways, rounds[clock], clock, caches == "cold")
+        sample(findings.lab, ways, rounds[clock], clock, caches, judge)
         found = make_rows(
             findings.case,
             ways,
             {**parameters, "caches": caches, "clock": clock},
             lambda way, _step: 2 * patch.touched_bytes if way.name == how.DENSE else moved_bytes,
         )
-        if judged:
-            judge(found, clock, caches)
+        if targets:
+            set_targets(found, clock, caches)
         findings.add(found)
 
 
@@ -140,7 +162,7 @@ TIMES_FASTER = {
 """In device time."""
 
 
-def judge(found: list[Row], clock: str, caches: str) -> None:
+def set_targets(found: list[Row], clock: str, caches: str) -> None:
     """Put the targets for 650 thousand entries into our rows."""
     there = {row.variant for row in found}
     for row in found:
