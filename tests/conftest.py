@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hosts import Workshop
 from hypothesis import HealthCheck, settings
 
@@ -44,3 +45,13 @@ def shop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
     yield made
     made.host.detach(force=True)
     assert made.is_base()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what wants a second GPU where there is none."""
+    if torch.cuda.device_count() >= 2:
+        return
+    left_out = [item for item in items if item.get_closest_marker("two_gpus")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

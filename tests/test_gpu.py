@@ -13,7 +13,7 @@ from hotgraft.errors import BackendError, GateError, HostChangedError
 from hotgraft.format import BLOCK
 from torch import nn
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu  # the one that wants two GPUs is marked two_gpus besides
 
 WIDTH = 512
 DELAY = 20_000_000
@@ -212,8 +212,6 @@ def test_a_skill_that_does_not_fit_the_memory_is_not_loaded(wide: tuple[Wide, Ho
 
 
 def test_positions_in_the_second_block_of_a_tensor(backend: str) -> None:
-    if torch.cuda.mem_get_info()[0] < 8 << 30:
-        pytest.skip("needs 8 GiB of GPU memory")
     model = nn.Module()
     model.register_buffer("big", torch.zeros(BLOCK + 10, dtype=torch.int8, device="cuda"))
     host = attach(model, backend=backend)
@@ -244,7 +242,7 @@ def test_weights_on_the_cpu_and_on_a_gpu_have_a_table_each() -> None:
     assert holds(model, base)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_every_gpu_has_a_table_of_its_own(backend: str) -> None:
     model = nn.Sequential(*(nn.Linear(8, 8).to(f"cuda:{i % 2}") for i in range(4)))
     base = contents(model)
