@@ -117,6 +117,36 @@ def test_values_of_another_length_or_type_are_refused(device: Simulated) -> None
         device.gather(table, torch.zeros(8, dtype=torch.uint8, device="meta"))
 
 
+class Full:
+    """Bytes that no device has room for."""
+
+    nbytes = 1 << 20
+
+    def to(self, *_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_device_without_room_is_named(device: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4096, 1 << 30))
+    with pytest.raises(BackendError, match=r"cpu has no room for 1,048,576 bytes \(4,096 are free"):
+        device._copied(Full())  # type: ignore[arg-type]
+
+
+def test_a_load_that_finds_no_room_changes_nothing(
+    there: There, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise BackendError("cuda:0 has no room for 12 bytes")
+
+    there.host.activate("a")
+    monkeypatch.setattr(there.device, "prepare", full)
+    before = versions(there.model)
+    with pytest.raises(BackendError, match="no room"):
+        there.host.load(there.b, name="again")
+    assert set(there.host.skills) == {"a", "b"}
+    assert (versions(there.model), there.is_a()) == (before, True)
+
+
 def test_compare_names_the_first_that_differs(device: Simulated) -> None:
     arena = Arena([Stretch(9, [1, 4, 6])], 2)
     table = arena.table(device)
