@@ -67,8 +67,7 @@ int size_of(ValueType type) {
         type, [](auto value) { return static_cast<int>(sizeof(typename decltype(value)::Bits)); });
 }
 
-// ---- moves
-// ----------------------------------------------------------------------------------------
+// ---- moves --------------------------------------------------------------------------------------
 
 // segments, tiles, positions, n_entries
 using TableArguments = std::tuple<Address, Address, Address, std::int64_t>;
@@ -114,8 +113,7 @@ void compare(const TableArguments& table, int item_size, Address values, Address
     });
 }
 
-// ---- select
-// ---------------------------------------------------------------------------------------
+// ---- select -------------------------------------------------------------------------------------
 
 void mark_differing(Address a, Address b, std::int64_t n, int item_size, Address scratch,
                     Address stream) {
@@ -170,8 +168,7 @@ void write_scores(int type, Address a, Address b, std::int64_t n, Address scratc
     });
 }
 
-// ---- merge
-// ----------------------------------------------------------------------------------------
+// ---- merge --------------------------------------------------------------------------------------
 
 void merge(Address spans, Address inputs, std::int64_t rows, std::int64_t k, std::int64_t n,
            int type, int policy, Address scratch, Address row_counts, Address counts,

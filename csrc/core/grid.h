@@ -144,8 +144,7 @@ HOTGRAFT_HD inline void find_cells(const Table& table, std::int64_t block, Share
     }
 }
 
-// ---- the moves, one thread of one block
-// -----------------------------------------------------------
+// ---- the moves, one thread of one block ---------------------------------------------------------
 
 template <class T>
 HOTGRAFT_HD inline void gather(const Table& table, T* values, std::int64_t block, int thread) {

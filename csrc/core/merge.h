@@ -123,7 +123,7 @@ struct Lookup {
 };
 
 struct Leads {
-    static constexpr int ahead = 1;
+    static constexpr int ahead = 0;  // it searches long
     Union all;
     HOTGRAFT_HD bool operator()(std::int64_t item) const {
         const Item mine(all, item);
@@ -150,6 +150,7 @@ struct CountRow {
 // Resolves the position of an entry that leads, and writes it to its place in the union.
 template <class V>
 struct Resolve {
+    static constexpr int items = 1;
     using Bits = typename V::Bits;
     Union all;
     Ranks leaders;

@@ -51,7 +51,7 @@ struct Items {
 };
 
 // ---- what is marked -----------------------------------------------------------------------------
-// `ahead`: how many items a thread looks at together.
+// `ahead`: how many items a thread looks at together; 0 where it has only one.
 
 template <class T>
 struct Differs {
@@ -86,10 +86,12 @@ struct Reaches {
     }
 };
 
-// ---- what is done with the marked items
-// -----------------------------------------------------------
+// ---- what is done with the marked items ---------------------------------------------------------
+
+// `items`: how many a thread goes through.
 
 struct WritePosition {
+    static constexpr int items = 32;
     std::int32_t* positions;
     HOTGRAFT_HD void operator()(std::int64_t item, std::int64_t rank) const {
         positions[rank] = static_cast<std::int32_t>(item);
@@ -98,12 +100,13 @@ struct WritePosition {
 
 template <class T>
 struct WriteScore {
-    Items<T> items;
+    static constexpr int items = 32;
+    Items<T> scored;
     std::int32_t* positions;
     std::uint64_t* keys;
     HOTGRAFT_HD void operator()(std::int64_t item, std::int64_t rank) const {
         positions[rank] = static_cast<std::int32_t>(item);
-        keys[rank] = items.key_at(item);
+        keys[rank] = scored.key_at(item);
     }
 };
 

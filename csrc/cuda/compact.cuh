@@ -41,6 +41,15 @@ __device__ inline std::int64_t item_of(int round) {
     return (first_word + round) * Ranks::items_a_word + lane;
 }
 
+// Stores a thread's word and how many marks precede it in the tile; every thread of the block.
+__device__ inline void store_word(const Ranks& ranks, std::uint32_t bits) {
+    int total;
+    const int before = sum_before<Ranks::words_a_tile>(__popc(bits), total);
+    const std::int64_t word = blockIdx.x * std::int64_t{Ranks::words_a_tile} + threadIdx.x;
+    ranks.words[word] = {bits, static_cast<std::uint32_t>(before)};
+    if (threadIdx.x == 0) ranks.offsets[blockIdx.x] = total;
+}
+
 // Marks the items that pass the test. A warp makes as many words as it has lanes; each keeps one.
 template <class Test>
 __global__ void __launch_bounds__(Ranks::words_a_tile) mark_kernel(Test test, Ranks ranks) {
@@ -59,11 +68,22 @@ __global__ void __launch_bounds__(Ranks::words_a_tile) mark_kernel(Test test, Ra
             if (lane == round + i) mine = bits;
         }
     }
-    int total;
-    const int before = sum_before<Ranks::words_a_tile>(__popc(mine), total);
+    store_word(ranks, mine);
+}
+
+// The same in two passes where the test is long: a thread an item, so that as many as can run at
+// once; then the words' other halves.
+template <class Test>
+__global__ void __launch_bounds__(Ranks::words_a_tile) test_kernel(Test test, Ranks ranks) {
+    const std::int64_t item = blockIdx.x * std::int64_t{Ranks::words_a_tile} + threadIdx.x;
+    const bool passed = item < ranks.n && test(item);
+    const std::uint32_t bits = __ballot_sync(all_lanes, passed);
+    if (threadIdx.x % warp == 0) ranks.words[item / Ranks::items_a_word].bits = bits;
+}
+
+static __global__ void __launch_bounds__(Ranks::words_a_tile) count_words_kernel(Ranks ranks) {
     const std::int64_t word = blockIdx.x * std::int64_t{Ranks::words_a_tile} + threadIdx.x;
-    ranks.words[word] = {mine, static_cast<std::uint32_t>(before)};
-    if (threadIdx.x == 0) ranks.offsets[blockIdx.x] = total;
+    store_word(ranks, ranks.words[word].bits);
 }
 
 constexpr int adders = 1024;
@@ -82,25 +102,35 @@ static __global__ void __launch_bounds__(adders) add_up_kernel(Ranks ranks, std:
     if (threadIdx.x == 0) *ranks.total = done;
 }
 
-// Calls use(item, rank) for every marked item.
+// Calls use(item, rank) for every marked item. A thread has Use::items of them.
 template <class Use>
 __global__ void __launch_bounds__(Ranks::words_a_tile) use_kernel(Use use, Ranks ranks) {
-    for (int round = 0; round < Ranks::items_a_word; ++round) {
-        const std::int64_t item = item_of(round);
+    const std::int64_t first = blockIdx.x * std::int64_t{Ranks::words_a_tile * Use::items};
+    for (int round = 0; round < Use::items; ++round) {
+        const std::int64_t item = first + round * Ranks::words_a_tile + threadIdx.x;
         if (item < ranks.n && ranks.marked(item)) use(item, ranks.before(item));
     }
 }
 
 template <class Test>
 Code mark(const Test& test, const Ranks& ranks, Stream stream) {
+    constexpr int threads = Ranks::words_a_tile;
     const std::int64_t tiles = Ranks::tiles_for(ranks.n);
-    const Code code = launch(mark_kernel<Test>, tiles, Ranks::words_a_tile, stream, test, ranks);
+    Code code;
+    if constexpr (Test::ahead > 0) {
+        code = launch(mark_kernel<Test>, tiles, threads, stream, test, ranks);
+    } else {
+        const std::int64_t blocks = tiles * (Ranks::tile / threads);
+        code = launch(test_kernel<Test>, blocks, threads, stream, test, ranks);
+        if (!code) code = launch(count_words_kernel, tiles, threads, stream, ranks);
+    }
     return code ? code : launch(add_up_kernel, 1, adders, stream, ranks, tiles);
 }
 
 template <class Use>
 Code use_marked(const Use& use, const Ranks& ranks, Stream stream) {
-    return launch(use_kernel<Use>, Ranks::tiles_for(ranks.n), Ranks::words_a_tile, stream, use,
+    constexpr std::int64_t items = Ranks::words_a_tile * Use::items;
+    return launch(use_kernel<Use>, (ranks.n + items - 1) / items, Ranks::words_a_tile, stream, use,
                   ranks);
 }
 

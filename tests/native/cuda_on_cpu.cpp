@@ -22,8 +22,7 @@ const char* toolkit() { return nullptr; }
 const char* architectures() { return nullptr; }
 Status status() { return {not_built, 0, 0, 0}; }
 
-// ---- moves
-// -----------------------------------------------------------------------------------------
+// ---- moves --------------------------------------------------------------------------------------
 
 Code gather(const grid::Table& table, int item_size, void* values, Stream) {
     dispatch_size(item_size, [&](auto zero) {
@@ -60,8 +59,7 @@ Code compare(const Move& move, int item_size, std::int64_t* report, Stream) {
 
 Code load_moves() { return 0; }
 
-// ---- select
-// ----------------------------------------------------------------------------------------
+// ---- select -------------------------------------------------------------------------------------
 
 std::int64_t scratch_size(std::int64_t n) { return Ranks::scratch_size(n); }
 
@@ -126,8 +124,7 @@ Code write_scores(ValueType type, const void* a, const void* b, const void* scra
     return 0;
 }
 
-// ---- merge
-// -----------------------------------------------------------------------------------------
+// ---- merge --------------------------------------------------------------------------------------
 
 Code merge(const Union& all, std::int64_t n, ValueType type, Policy policy, void* scratch,
            std::int64_t* row_counts, MergeCounts* counts, std::int32_t* positions, void* fresh,
