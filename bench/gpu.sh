@@ -90,7 +90,7 @@ tests() {
     # collect the same tests, whatever order sets have.
     export PYTHONHASHSEED=0
     if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6 -p no:benchmark); fi
-    step 130 "pytest -m gpu" "$python" -m pytest -m gpu -v --tb=short -p no:cacheprovider \
+    step 130 "pytest -m gpu" "$python" -m pytest -m gpu -v --tb=short -W default -p no:cacheprovider \
         --continue-on-collection-errors --durations 5 "${parallel[@]}" "${ignored[@]}" tests
     unset PYTHONHASHSEED
 }

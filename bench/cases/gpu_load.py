@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -60,12 +59,6 @@ def measure(session: Session, lab: Lab) -> None:
 # ---- loading ------------------------------------------------------------------------------------
 
 
-def unchecked() -> dict[str, Any] | None:
-    """The arguments with which `Graft.load` leaves the id unchecked, where it has any."""
-    known = inspect.signature(Graft.load).parameters
-    return {"verify": False} if "verify" in known else None
-
-
 def _load(
     findings: Findings,
     name: str,
@@ -75,18 +68,12 @@ def _load(
     judge: Judge,
     parameters: dict[str, Any],
 ) -> None:
-    options = unchecked()
-    kinds: list[tuple[str, dict[str, Any] | None, float]] = [
-        ("id verified", {}, LIVE_MS), ("id not verified", options, UNCHECKED_MS)
-    ]  # fmt: skip
-    for kind, given, limit in kinds:
+    kinds = [("id verified", True, LIVE_MS), ("id not verified", False, UNCHECKED_MS)]
+    for kind, verified, limit in kinds:
         variant = f"hotgraft, {name}, {kind}"
-        if given is None:
-            findings.missing(LIVE, variant, "Graft.load always checks the id")
-            continue
 
-        def come_live(given: dict[str, Any] = given) -> None:
-            host.load(Graft.load(path, **given), "file")
+        def come_live(verified: bool = verified) -> None:
+            host.load(path, "file", verify_id=verified)
             host.activate("file")
 
         samples, good = [], True
