@@ -68,16 +68,21 @@ find_tool() { # find_tool NAME: on the PATH, or where Nsight Compute and the too
     done
 }
 
-memcheck() { # memcheck BACKEND SECONDS
-    local tool
-    tool=$(find_tool compute-sanitizer)
-    if [ -z "$tool" ]; then
-        absent "memcheck, $1" "no compute-sanitizer here"
+sanitize() { # sanitize TOOL BACKEND SECONDS: every verb of a backend, watched
+    local program options=()
+    program=$(find_tool compute-sanitizer)
+    if [ -z "$program" ]; then
+        absent "$1, $2" "no compute-sanitizer here"
         return
     fi
+    if [ "$1" = memcheck ]; then options=(--report-api-errors no); fi
     # Each tensor an allocation of its own, so that what lies beside it is nobody's.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$2" "memcheck, $1" \
-        "$tool" --tool memcheck --report-api-errors no --error-exitcode 99 "$python" -m bench.gpu.verbs "$1"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$3" "$1, $2" \
+        "$program" --tool "$1" "${options[@]}" --error-exitcode 99 "$python" -m bench.gpu.verbs "$2"
+}
+
+measure() { # measure CASE
+    step 60 "bench gpu_$1" "$python" -m bench run "gpu_$1" --results "$out"
 }
 
 tests() {
@@ -96,7 +101,7 @@ tests() {
 }
 
 step 140 build "$python" bench/gpu/build.py "$work/site"
-step 10 doctor "$python" -c \
+step 60 doctor "$python" -c \
     "import hotgraft; print(hotgraft.__file__); from hotgraft.cli import main; main()" doctor
 if [ -n "$profile" ]; then
     ncu=$(find_tool ncu)
@@ -109,12 +114,12 @@ if [ -n "$profile" ]; then
     fi
 else
     tests
-    memcheck cuda 50
-    for case in switch load density scale; do
-        step 60 "bench gpu_$case" "$python" -m bench run "gpu_$case" --results "$out"
-    done
+    sanitize memcheck cuda 50
+    sanitize racecheck cuda 40
+    for case in switch load; do measure "$case"; done
+    sanitize memcheck triton 50
+    for case in density scale; do measure "$case"; done
     step 15 "table and pictures" "$python" -m bench gpu "$out"
-    memcheck triton 60
 fi
 
 {

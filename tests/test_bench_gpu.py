@@ -435,7 +435,13 @@ def test_the_script_goes_on_after_failures_and_tells(tmp_path: Path) -> None:
     summary = (out / "summary.txt").read_text()
     assert summary in done.stdout
     assert "SOMETHING FAILED" in summary
-    for step in ("build", "pytest -m gpu", "memcheck, cuda", *(f"bench {c}" for c in cases.ON_GPU)):
+    for step in (
+        "build",
+        "pytest -m gpu",
+        "memcheck, cuda",
+        "racecheck, cuda",
+        *(f"bench {c}" for c in cases.ON_GPU),
+    ):
         assert step in summary, step
     assert (out / "log.txt").stat().st_size
 

@@ -12,10 +12,17 @@ import torch
 from agreement import Arena, Stretch, check_select
 from hosts import Workshop, contents, holds, single, use, versions
 from hotgraft import attach
-from hotgraft.errors import BackendError, BaseMismatchError, HostChangedError, OverlapError
+from hotgraft.errors import (
+    BackendError,
+    BaseMismatchError,
+    DeviceMemoryError,
+    HostChangedError,
+    HotgraftError,
+    OverlapError,
+)
 from hotgraft.format import DTYPES
-from hotgraft.kernels import Pair, Part
-from hotgraft.kernels.device import TILE, tiles_of
+from hotgraft.kernels import Pair, Part, Source
+from hotgraft.kernels.device import TILE, Move, tiles_of
 from simulated import CPU, Simulated
 
 
@@ -117,31 +124,44 @@ def test_values_of_another_length_or_type_are_refused(device: Simulated) -> None
         device.gather(table, torch.zeros(8, dtype=torch.uint8, device="meta"))
 
 
-class Full:
-    """Bytes that no device has room for."""
-
-    nbytes = 1 << 20
-
-    def to(self, *_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_device_without_room_is_named(device: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4096, 1 << 30))
-    with pytest.raises(BackendError, match=r"cpu has no room for 1,048,576 bytes \(4,096 are free"):
-        device._copied(Full())  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "empty", out_of_memory)
+    with pytest.raises(DeviceMemoryError, match=r"cpu has no room for \d+ bytes: unload a"):
+        device.table(np.array([[64, 0, 1]]), np.zeros(1, np.int32), 4)
+
+
+def test_kept_sets_make_room_for_a_new_one(there: There, monkeypatch: pytest.MonkeyPatch) -> None:
+    there.host.activate("a", "b", policy="priority")
+    merge, tries = there.device._merge, []
+
+    def tight(*arguments: Any) -> Any:
+        tries.append(len(there.host._composer))
+        return out_of_memory() if len(tries) == 1 else merge(*arguments)
+
+    monkeypatch.setattr(there.device, "_merge", tight)
+    there.host.activate("b", "a", policy="priority")
+    assert tries == [1, 0, 0, 0]  # three item sizes, once the kept set is gone
+    assert holds(there.model, factories.grafted(there.with_b, there.a))
+    there.host.deactivate()
+    monkeypatch.setattr(there.device, "_merge", out_of_memory)
+    with pytest.raises(DeviceMemoryError, match="no room for a merge"):
+        there.host.activate("a", "b", policy="priority")
 
 
 def test_a_load_that_finds_no_room_changes_nothing(
     there: There, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> Any:
-        raise BackendError("cuda:0 has no room for 12 bytes")
+        raise DeviceMemoryError("cuda:0 has no room for 12 bytes")
 
     there.host.activate("a")
     monkeypatch.setattr(there.device, "prepare", full)
     before = versions(there.model)
-    with pytest.raises(BackendError, match="no room"):
+    with pytest.raises(DeviceMemoryError, match="no room"):
         there.host.load(there.b, name="again")
     assert set(there.host.skills) == {"a", "b"}
     assert (versions(there.model), there.is_a()) == (before, True)
@@ -259,7 +279,9 @@ def test_strided_parameters_are_composed_on_the_host() -> None:
     host.load(a, name="a")
     host.load(b, name="b")
     host.activate("a", "b", policy="priority")
-    assert "merge" not in device.launches
+    live = host._ledger.live.plan
+    assert live is not None
+    assert live.at_hand
     assert holds(model, factories.grafted(factories.grafted(base, a), b))
     host.deactivate()
     assert holds(model, base)
@@ -287,3 +309,94 @@ def test_the_device_of_a_host_is_the_simulated_one(there: There) -> None:
     launch = there.host.skills["a"].plan.launches[0]
     assert launch.new.dtype == torch.uint8
     assert there.host.skills["a"].nbytes > there.a.nnz * 8
+
+
+def test_a_range_beyond_its_source_is_refused(device: Simulated) -> None:
+    group = [np.zeros(3, np.int32), *(np.zeros(3, np.uint16) for _ in range(2))]
+    for span in ([1, 3], [-1, 2], [0, -1]):
+        with pytest.raises(ValueError, match="a range reaches beyond its source"):
+            device.merge([Source(*group, 1.0)], np.array([[span]]), DTYPES["BF16"], "refuse", [0])
+
+
+def test_every_allocation_of_a_launch_outlives_it_on_another_stream(
+    there: There, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there.host.activate("a", "b", policy="priority")
+    kept: set[int] = set()
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, _: kept.add(t.untyped_storage().data_ptr())
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "another")
+    monkeypatch.setattr(there.device, "device", torch.device("cuda", 0))
+    plan = there.host._ledger.live.plan
+    assert plan is not None
+    for launch in plan.launches:
+        kept.clear()
+        there.device._keep(Move(launch.table, launch.old))
+        tensors = (launch.table.segments, launch.table.tiles, launch.table.positions, launch.old)
+        assert kept == {t.untyped_storage().data_ptr() for t in tensors}
+    monkeypatch.setattr(there.device, "device", CPU)
+
+
+def test_a_set_composed_over_two_devices_names_positions_rightly() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    base = contents(model)
+    host = attach(model)
+    use(host, Simulated())
+    a, b = (factories.graft_on(base, seed=s, share=0.5) for s in (1, 2))
+    for name, graft in (("a", a), ("b", b)):
+        host.load(graft, name=name, allow_nonfinite=True)
+    host.activate("a", "b", policy="priority")
+    plan = host._ledger.live.plan
+    assert plan is not None
+    (launch,) = plan.launches
+    half = len(launch.rows) // 2  # as if the later tensors lay on another device
+    first = launch.rows[half].first
+    other = launch._replace(
+        rows=tuple(row._replace(first=row.first - first) for row in launch.rows[half:])
+    )
+    for entry in range(sum(row.count for row in other.rows)):
+        assert plan.locate(other, entry) == plan.locate(launch, first + entry)
+    host.detach(force=True)
+
+
+def test_a_set_whose_skill_is_unloaded_meanwhile_is_not_kept(
+    there: There, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = there.device._merge
+
+    def slowly(*arguments: Any) -> Any:
+        if "b" in there.host.skills:
+            there.host.unload("b")
+        return merge(*arguments)
+
+    monkeypatch.setattr(there.device, "_merge", slowly)
+    with pytest.raises(KeyError, match="'b' was unloaded or replaced meanwhile"):
+        there.host.activate("a", "b", policy="priority")
+    assert len(there.host._composer) == 0
+
+
+def test_a_host_whose_device_fails_for_good_can_be_detached(monkeypatch: Any) -> None:
+    shop = There()
+
+    def sticky(_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    shop.host.activate("a")
+    monkeypatch.setattr(shop.device, "_scatter", sticky)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        shop.host.deactivate()
+    with pytest.raises(HotgraftError, match=r"detached, but the way back failed .*illegal"):
+        shop.host.detach(force=True)
+    assert "forward" not in vars(shop.model)
+
+
+def test_the_bytes_of_a_skill_count_each_array_once(there: There) -> None:
+    plain = Workshop().host.skills["a"]
+    skill = there.host.skills["a"]
+    host_bytes = sum(a.nbytes for g in there.a.groups.values() for a in g)
+    tables = sum(launch.table.nbytes for launch in skill.plan.launches)
+    values = sum(launch.new.nbytes + launch.old.nbytes for launch in skill.plan.launches)
+    assert skill.nbytes == host_bytes + tables + values
+    segments = sum(launch.segments.nbytes for launch in plain.plan.launches)
+    assert plain.nbytes == host_bytes + segments

@@ -21,6 +21,7 @@ from hotgraft.kernels.reference import BACKEND as REFERENCE
 COUNTS = (1, 3, TILE, 5, 2 * TILE + 7)
 """Entries of each segment: tiles that hold several segments, and segments of several tiles."""
 GAP = 3
+SOURCES = 5
 
 
 def check(backend: DeviceBackend) -> list[str]:
@@ -28,7 +29,7 @@ def check(backend: DeviceBackend) -> list[str]:
     wrong = []
     for size in (1, 2, 4, 8):
         wrong += [f"{verb}, {size} bytes" for verb in _moves(backend, size)]
-    for name in ("BF16", "F32"):
+    for name in ("BF16", "F16", "F32", "F64"):
         wrong += [f"{verb}, {name}" for verb in _selects(backend, name)]
         wrong += [f"merge {policy}, {name}" for policy in _merges(backend, name)]
     return wrong
@@ -83,7 +84,7 @@ def _pairs(name: str, device: torch.device) -> list[Pair]:
     dtype = DTYPES[name]
     generator = torch.Generator().manual_seed(1)
     pairs = []
-    for n in (1, 5, 3001):
+    for n in (1, 5, 20_011):  # the last one is several tiles of ranks
         base = torch.randn(n, generator=generator).to(dtype.torch)
         tuned = base.clone()
         tuned[::3] += torch.randn(len(tuned[::3]), generator=generator).to(dtype.torch)
@@ -121,8 +122,8 @@ def _merges(backend: DeviceBackend, name: str) -> list[str]:
     rng = np.random.default_rng(3)
     rows, cells = 4, 2500
     base = _bits(rng.standard_normal(rows * cells), name)
-    sources, ranges = [], np.zeros((rows, 2, 2), np.int64)
-    for k in range(2):
+    sources, ranges = [], np.zeros((rows, SOURCES, 2), np.int64)
+    for k in range(SOURCES):
         columns: list[list[Bits]] = [[], [], []]
         for row in range(rows):
             at = np.flatnonzero(rng.random(cells) < (0.0 if row == k else 0.4)).astype(np.int32)
@@ -135,7 +136,8 @@ def _merges(backend: DeviceBackend, name: str) -> list[str]:
     wrong = []
     for policy in POLICIES:
         mine, judged = (
-            b.merge(sources, ranges, dtype, policy, (1, 0)) for b in (backend, REFERENCE)
+            b.merge(sources, ranges, dtype, policy, range(SOURCES)[::-1])
+            for b in (backend, REFERENCE)
         )
         refused = policy == "refuse" and bool(judged.conflicts.any())
         fields = ("conflicts",) if refused else judged._fields
@@ -146,7 +148,9 @@ def _merges(backend: DeviceBackend, name: str) -> list[str]:
 
 def _bits(values: Any, name: str) -> Bits:
     tensor = torch.from_numpy(np.asarray(values)).to(DTYPES[name].torch)
-    return tensor.view({2: torch.uint16, 4: torch.uint32}[tensor.element_size()]).numpy()
+    return tensor.view(
+        {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[tensor.element_size()]
+    ).numpy()
 
 
 def main(name: str) -> int:

@@ -47,6 +47,20 @@ struct Ranks {
         return {n, numbers, numbers + 1, reinterpret_cast<Word*>(numbers + 1 + tiles_for(n))};
     }
 
+    // The item that a thread of a block tests in one of items_a_word rounds: the threads of a warp
+    // share a word, so that they read side by side, and a warp's rounds are as many words. The
+    // thread whose lane has the round's number keeps the word.
+    HOTGRAFT_HD static std::int64_t item_of(std::int64_t block, int thread, int round) {
+        const int lane = thread % items_a_word;
+        const std::int64_t first_word = block * words_a_tile + (thread - lane);
+        return (first_word + round) * items_a_word + lane;
+    }
+
+    // The word that a thread of a block keeps.
+    HOTGRAFT_HD static std::int64_t word_of(std::int64_t block, int thread) {
+        return block * words_a_tile + thread;
+    }
+
     HOTGRAFT_HD bool marked(std::int64_t item) const {
         return words[item / items_a_word].bits >> (item % items_a_word) & 1;
     }

@@ -32,21 +32,16 @@ __device__ N sum_before(N mine, N& total) {
     return before + upto - mine;
 }
 
-// The item that a thread has in round `round` of Ranks::items_a_word: the lanes of a warp share a
-// word, the rounds follow one another.
 __device__ inline std::int64_t item_of(int round) {
-    const int lane = threadIdx.x % warp;
-    const std::int64_t first_word =
-        blockIdx.x * std::int64_t{Ranks::words_a_tile} + (threadIdx.x - lane);
-    return (first_word + round) * Ranks::items_a_word + lane;
+    return Ranks::item_of(blockIdx.x, threadIdx.x, round);
 }
 
 // Stores a thread's word and how many marks precede it in the tile; every thread of the block.
 __device__ inline void store_word(const Ranks& ranks, std::uint32_t bits) {
     int total;
     const int before = sum_before<Ranks::words_a_tile>(__popc(bits), total);
-    const std::int64_t word = blockIdx.x * std::int64_t{Ranks::words_a_tile} + threadIdx.x;
-    ranks.words[word] = {bits, static_cast<std::uint32_t>(before)};
+    ranks.words[Ranks::word_of(blockIdx.x, threadIdx.x)] = {bits,
+                                                            static_cast<std::uint32_t>(before)};
     if (threadIdx.x == 0) ranks.offsets[blockIdx.x] = total;
 }
 
@@ -82,8 +77,7 @@ __global__ void __launch_bounds__(Ranks::words_a_tile) test_kernel(Test test, Ra
 }
 
 static __global__ void __launch_bounds__(Ranks::words_a_tile) count_words_kernel(Ranks ranks) {
-    const std::int64_t word = blockIdx.x * std::int64_t{Ranks::words_a_tile} + threadIdx.x;
-    store_word(ranks, ranks.words[word].bits);
+    store_word(ranks, ranks.words[Ranks::word_of(blockIdx.x, threadIdx.x)].bits);
 }
 
 constexpr int adders = 1024;

@@ -8,12 +8,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hotgraft.composition import Meeting, check_merged, compose, meet
+from hotgraft.composition import Meeting, check_merged, meet
+from hotgraft.errors import DeviceMemoryError
 from hotgraft.format import DTYPES, Group, Provenance, Row
 from hotgraft.graft import Graft
 from hotgraft.kernels.device import DeviceBackend, DeviceMerged, DeviceSource
@@ -40,6 +42,7 @@ class Composer:
         self._backends = backends
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, LiveSet] = OrderedDict()
+        self._gone: WeakSet[Skill] = WeakSet()  # a set may be composed while one of it is unloaded
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -47,34 +50,43 @@ class Composer:
     def prepare(self, wanted: LiveSet) -> LiveSet:
         """The set with its plan: the one that was kept, or a new one. Raises as `compose` does."""
         known = self._kept.get(wanted.key)
-        plan = known.plan if known is not None else self._compose(wanted)
+        plan = known.plan if known is not None else self._composed(wanted)
         prepared = dataclasses.replace(wanted, plan=plan)
         with self._lock:
-            self._kept[prepared.key] = prepared
-            self._kept.move_to_end(prepared.key)
-            if len(self._kept) > COMPOSED_PLANS:
-                self._kept.popitem(last=False)
+            if self._gone.isdisjoint(wanted.skills):
+                self._kept[prepared.key] = prepared
+                self._kept.move_to_end(prepared.key)
+                if len(self._kept) > COMPOSED_PLANS:
+                    self._kept.popitem(last=False)
         return prepared
 
-    def forget(self, skill: Skill | None = None) -> None:
-        """Drop the sets that a skill is in, or all."""
+    def forget(self, *skills: Skill) -> None:
+        """Drop the sets that any of these skills is in, for good; without any, all sets."""
         with self._lock:
+            self._gone.update(skills)
             for key, state in list(self._kept.items()):
-                if skill is None or skill in state.skills:
+                if not skills or not set(skills).isdisjoint(state.skills):
                     del self._kept[key]
+
+    def _composed(self, wanted: LiveSet) -> Plan:
+        try:
+            return self._compose(wanted)
+        except DeviceMemoryError:
+            self.forget()  # what is kept only saves time
+            return self._compose(wanted)
 
     def _compose(self, wanted: LiveSet) -> Plan:
         policy = wanted.policy or "refuse"
         skills = wanted.skills
         plans = [skill.plan for skill in skills]
-        labels, ids = [skill.name for skill in skills], [skill.id for skill in skills]
-        grafts = [plan.graft for plan in plans]
+        meeting = Meeting.arrange(
+            [plan.graft for plan in plans], policy, wanted.weights,
+            [skill.name for skill in skills], [skill.id for skill in skills],
+        )  # fmt: skip
         if _can_meet_there(plans, self._backends):
-            meeting = Meeting.arrange(grafts, policy, wanted.weights, labels, ids)
             return self._merge_there([plans[i] for i in meeting.order], meeting, policy)
-        name = next(iter(self._backends.values())).name
-        merged = compose(grafts, policy, wanted.weights, labels=labels, ids=ids, backend=name)
-        return compile_plan(merged, self._slots, self._backends)
+        backend = next(iter(self._backends.values()))
+        return compile_plan(meeting.merged(policy, backend), self._slots, self._backends)
 
     def _merge_there(self, plans: Sequence[Plan], meeting: Meeting, policy: str) -> Plan:
         unions = [

@@ -22,7 +22,7 @@ from hotgraft.errors import (
 )
 from hotgraft.format import DTYPES, Group, Provenance, Row, empty_group
 from hotgraft.graft import Graft, Mask, bit_view
-from hotgraft.kernels import POLICIES, Merged, Source
+from hotgraft.kernels import POLICIES, Backend, Merged, Source
 from hotgraft.kernels.device import DeviceMerged
 from hotgraft.weights import Weights, open_weights, sample
 
@@ -64,25 +64,7 @@ def compose(
         [6.0]
     """
     meeting = Meeting.arrange(grafts, policy, weights, labels, ids)
-    runner = kernels.resolve(backend)
-    rows: list[Row] = []
-    groups = {}
-    found = []
-    for dtype in meeting.dtypes:
-        places, ranges = meeting.ranges(dtype)
-        empty = empty_group(DTYPES[dtype], 0)
-        sources = [
-            Source(*graft.groups.get(dtype, empty), weight)
-            for graft, weight in zip(meeting.grafts, meeting.weights, strict=True)
-        ]
-        merged = runner.merge(sources, ranges, DTYPES[dtype], policy, meeting.order)
-        found.append((merged, places))
-        rows += meeting.rows(dtype, places, merged.counts)
-        groups[dtype] = Group(merged.positions, merged.new, merged.old)
-    check_merged(found, meeting.labels)
-    rows.sort(key=lambda row: (row.name, row.block))
-    provenance = meeting.provenance(sum(row.count for row in rows))
-    return Graft(rows, groups, provenance, owned=True)
+    return meeting.merged(policy, kernels.resolve(backend))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +126,27 @@ class Meeting:
     def provenance(self, entries: int) -> Provenance:
         """Where the union comes from."""
         return _provenance(self.grafts, entries)
+
+    def merged(self, policy: str, backend: Backend) -> Graft:
+        """The union, resolved. Raises as `compose` does."""
+        rows: list[Row] = []
+        groups = {}
+        found = []
+        for dtype in self.dtypes:
+            places, ranges = self.ranges(dtype)
+            empty = empty_group(DTYPES[dtype], 0)
+            sources = [
+                Source(*graft.groups.get(dtype, empty), weight)
+                for graft, weight in zip(self.grafts, self.weights, strict=True)
+            ]
+            one = backend.merge(sources, ranges, DTYPES[dtype], policy, self.order)
+            found.append((one, places))
+            rows += self.rows(dtype, places, one.counts)
+            groups[dtype] = Group(one.positions, one.new, one.old)
+        check_merged(found, self.labels)
+        rows.sort(key=lambda row: (row.name, row.block))
+        entries = sum(row.count for row in rows)
+        return Graft(rows, groups, self.provenance(entries), owned=True)
 
 
 def meet(

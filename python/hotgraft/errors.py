@@ -65,6 +65,10 @@ class BackendError(HotgraftError, RuntimeError):
     """The backend asked for cannot run here."""
 
 
+class DeviceMemoryError(BackendError):
+    """A device has no room for what should be loaded or composed; nothing was changed."""
+
+
 class ModelNotFoundError(HotgraftError, FileNotFoundError):
     """The pretrained model that was asked for is not at hand."""
 

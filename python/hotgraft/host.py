@@ -17,7 +17,6 @@ from types import MappingProxyType
 import torch
 
 from hotgraft import gate as gates
-from hotgraft import kernels
 from hotgraft.composer import Composer
 from hotgraft.composition import checked_weights
 from hotgraft.errors import (
@@ -34,11 +33,11 @@ from hotgraft.kernels import POLICIES
 from hotgraft.ledger import NOTHING, Ledger, LiveSet, Skill
 from hotgraft.placement import (
     Names,
-    Plan,
     compile_plan,
     find_slots,
     fit,
     refuse_nonfinite,
+    resolve_backends,
 )
 from hotgraft.streams import Streams
 
@@ -87,15 +86,8 @@ class Host:
         self._slots = find_slots(root)
         if not self._slots:
             raise GraftError(f"{type(model).__name__} has no parameters: nothing to graft into")
-        devices = dict.fromkeys(slot.tensor.device for slot in self._slots.values())
-        devices.pop(torch.device("meta"), None)
-        self._streams = Streams(devices, stream)
-        self._backends = {
-            device: kernels.resolve(
-                backend, device, stream if stream is not None and stream.device == device else None
-            )
-            for device in devices or [torch.device("cpu")]
-        }
+        self._streams = Streams({slot.tensor.device for slot in self._slots.values()}, stream)
+        self._backends = resolve_backends(self._slots, backend, stream)
         self._backend = next(iter(self._backends.values()))  # for work that no device is told for
         self._base_id = base_id
         # Taken in this order: the gate, then the lock. The lock guards all that follows, and is
@@ -203,7 +195,7 @@ class Host:
             graft, self._slots, self._model, self._backend,
             names=names, cast=cast, partial=partial, allow_nonfinite=allow_nonfinite,
         )  # fmt: skip
-        skill = Skill(name, graft.id, self._compile(fitted))
+        skill = Skill(name, graft.id, compile_plan(fitted, self._slots, self._backends))
         with self._lock:
             self._require_free(name, replace)
             self._ledger.settle()
@@ -319,6 +311,7 @@ class Host:
             SkillInUseError: a `using` block is open.
             HostChangedError: a tensor was moved or replaced, not only written.
         """
+        self._streams.require_no_capture("adopting")
         misfits = self._gate.commit(self._adopt)
         if misfits:
             warnings.warn(
@@ -370,13 +363,11 @@ class Host:
         self._ledger.stop_watching(skill.plan.watch)
         self._composer.forget(skill)
 
-    def _compile(self, graft: Graft) -> Plan:
-        return compile_plan(graft, self._slots, self._backends)
-
     def _prepare(
         self, names: Sequence[str], policy: str, weights: Sequence[float] | None
     ) -> LiveSet:
         self._require_attached()
+        self._streams.require_no_capture("the switch")
         if not names:
             return NOTHING
         if len(names) == 1 and weights is None and policy in POLICIES:
@@ -450,8 +441,15 @@ class Host:
                 raise SkillInUseError(
                     f"{', '.join(self.active)} is live; deactivate first, or detach(force=True)"
                 )
-            with contextlib.suppress(HostChangedError):
+            failure = None
+            try:
                 self._ledger.commit(NOTHING)
+            except HostChangedError:
+                pass  # they stay as they are
+            except Exception as error:
+                if not force:
+                    raise
+                failure = error
             for remove in self._remove_gates:
                 remove()
             self._remove_gates.clear()
@@ -459,6 +457,11 @@ class Host:
             self._skills.clear()
             self._composer.forget()
             self._ledger.forget()
+            if failure is not None:
+                raise HotgraftError(
+                    f"detached, but the way back failed ({failure}): the weights may hold a part "
+                    "of a switch; load them anew"
+                ) from failure
 
     @gates.untraced
     def _settle(self) -> None:

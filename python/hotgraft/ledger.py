@@ -135,7 +135,7 @@ class Ledger:
         if not changes:
             self.live = target  # the same bits, though the names may come in another order
             return
-        self._streams.order_commit()
+        self._streams.order_write()
         # An interrupt may come between any two lines.
         self._pending = target
         try:
@@ -151,6 +151,7 @@ class Ledger:
         if self._pending is None:
             return
         if self._pending is not self.live:
+            self._streams.order_write()
             self._write(self._pending.plan, self.live.plan)
             for watch in _watches(self._pending, self.live):
                 watch.bump(self._versions)
@@ -179,7 +180,8 @@ class Ledger:
         if any(self._backends[launch.device].exchanges for launch in entering.launches):
             known = self._apart.setdefault(leaving, WeakKeyDictionary())
             if entering not in known:
-                known[entering] = not share_cells(leaving, entering)
+                apart = known[entering] = not share_cells(leaving, entering)
+                self._apart.setdefault(entering, WeakKeyDictionary())[leaving] = apart
 
     def _known_apart(self, leaving: Plan | None, entering: Plan | None) -> bool:
         if leaving is None or entering is None or leaving not in self._apart:
@@ -247,7 +249,7 @@ class Ledger:
             HostChangedError: a tensor was moved.
         """
         plan.watch.check_in_place()
-        self._streams.order_entry()
+        self._streams.order_write("a check")
         return not any(self._backends[x.device].compare(x.table, x.old)[0] for x in plan.launches)
 
     def _check_whole_base(self, base_id: str) -> None:
@@ -261,8 +263,7 @@ class Ledger:
 
     def _compare(self, plan: Plan, wanted: Sequence[Any], label: str) -> None:
         """Raises `BaseMismatchError` unless the cells of each launch hold the wanted values."""
-        self._streams.require_no_capture("a check")
-        self._streams.order_entry()
+        self._streams.order_write("a check")
         for launch, values in zip(plan.launches, wanted, strict=True):
             backend = self._backends[launch.device]
             count, first = backend.compare(launch.table, values)

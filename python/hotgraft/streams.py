@@ -1,9 +1,10 @@
 """Streams: a device's work on several streams, put into order around commits.
 
 A commit is enqueued on one stream of each device. Passes may run on others. Whoever enters waits
-(on the device, not on the CPU) for the last commit, and a commit waits for all that was enqueued
-before it on the streams that anybody entered on. CUDA graphs that are replayed outside of the
-model's `forward` are not seen: replay them inside `host.hold()`, or on the commits' stream.
+(on the device, not on the CPU) for the last commit. A commit, or a check, waits for all that was
+enqueued before it on the streams that anybody entered on, and on the caller's current one. CUDA
+graphs that are replayed outside of the model's `forward` are not seen: replay them on the commits'
+stream, or on the stream that is current when `host.hold()` is entered.
 """
 
 from __future__ import annotations
@@ -78,20 +79,33 @@ class Streams:
                 "graph instead of happening now; do it before or after the capture"
             )
 
-    def order_commit(self) -> None:
-        """The commits' streams wait for whoever entered.
+    def order_write(self, what: str = "the switch") -> None:
+        """The commits' streams wait for the caller's current ones and for whoever entered.
 
         Raises:
-            GateError: the current stream is being captured into a CUDA graph.
+            GateError: the current stream, or one that somebody entered on, is being captured into
+                a CUDA graph.
         """
-        self.require_no_capture("the switch")
+        self.require_no_capture(what)
+        self.order_entry()
         for device in self._devices:
-            mine = self._commits_on(device)
-            for stream in tuple(self._entered[device].values()):
-                if stream != mine:
-                    mine.wait_stream(stream)
+            mine, entered = self._commits_on(device), self._entered[device]
+            others = [stream for stream in entered.values() if stream != mine]
+            if any(map(self._is_capturing, others)):
+                raise GateError(
+                    f"a CUDA graph is being captured on a stream that runs the model: {what} would "
+                    "become part of the graph; wait until the capture is over"
+                )
+            for stream in others:
+                mine.wait_stream(stream)
             if device in self._committed and self._committed[device][0] != mine:
                 mine.wait_event(self._committed[device][1])
+            entered[mine.cuda_stream] = mine  # whoever undoes this elsewhere waits for it
+
+    def _is_capturing(self, stream: Any) -> bool:
+        with self._cuda.stream(stream):
+            capturing: bool = self._cuda.is_current_stream_capturing()
+        return capturing
 
     def note_commit(self) -> None:
         """A commit was enqueued: whoever enters from now on waits for it."""

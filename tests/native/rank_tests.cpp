@@ -57,6 +57,29 @@ void ranks() {
     CHECK(far.before(n - 1) == (std::int64_t{1} << 30) + Ranks::tile / 2 - 1);
 }
 
+// What a warp's ballot in a round says becomes the word of the thread whose lane has the round's
+// number: every item is tested once, and its bit lies where `marked` looks for it.
+void blocks_and_threads() {
+    for (std::int64_t tiles : {1, 3}) {
+        std::vector<int> tested(tiles * Ranks::tile);
+        for (std::int64_t block = 0; block < tiles; ++block) {
+            for (int thread = 0; thread < Ranks::words_a_tile; ++thread) {
+                const int lane = thread % Ranks::items_a_word;
+                for (int round = 0; round < Ranks::items_a_word; ++round) {
+                    const std::int64_t item = Ranks::item_of(block, thread, round);
+                    ++tested[item];
+                    const std::int64_t word = Ranks::word_of(block, thread - lane + round);
+                    CHECK(item / Ranks::items_a_word == word && item % Ranks::items_a_word == lane);
+                    CHECK(item / Ranks::tile == block);
+                }
+            }
+        }
+        for (const int times : tested) CHECK(times == 1);
+    }
+    constexpr std::int64_t last = (std::int64_t{1} << 31) / Ranks::tile;
+    CHECK(Ranks::item_of(last, 0, 0) == std::int64_t{1} << 31);
+}
+
 // ---- select ------------------------------------------------------------------------------------
 
 // Two arrays of a type, of which `same` in 10 items are equal; values near each other tie.
@@ -286,8 +309,12 @@ void merges() {
 
 int main() {
     const Test tests[] = {
-        {"ranks", ranks},       {"differences", differences}, {"counts", counts},
-        {"collects", collects}, {"merges", merges},
+        {"ranks", ranks},
+        {"blocks_and_threads", blocks_and_threads},
+        {"differences", differences},
+        {"counts", counts},
+        {"collects", collects},
+        {"merges", merges},
     };
     return run_tests(tests);
 }

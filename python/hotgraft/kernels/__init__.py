@@ -216,6 +216,8 @@ def available() -> dict[str, str | None]:
         try:
             module = _module(name)
             found[name] = module.why_not() if name in _ON_DEVICE else None
+            if name in _ON_DEVICE and found[name] is None and torch.cuda.is_available():
+                module.open_backend(torch.device("cuda"), None)  # may lack code for this GPU
         except BackendError as error:
             found[name] = str(error)
     return found
@@ -242,8 +244,8 @@ def resolve(
     if name is not None and name not in _NAMES:
         raise BackendError(f"unknown backend {name!r}; known are {', '.join(_NAMES)}")
     if name is None and device.type == "cuda":
-        name = _best_on_device(device)
-    elif name is None and device.type != "cpu":
+        return _best_on_device(device, stream)
+    if name is None and device.type != "cpu":
         raise BackendError(
             f"no backend for weights on {str(device)!r}; move the model to the CPU or a CUDA device"
         )
@@ -260,13 +262,15 @@ def resolve(
     return backend
 
 
-def _best_on_device(device: torch.device) -> str:
-    reasons = {name: reason for name, reason in available().items() if name in _ON_DEVICE}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise BackendError(f"no backend for weights on {str(device)!r}: {said}")
+def _best_on_device(device: torch.device, stream: torch.cuda.Stream | None) -> Backend:
+    reasons = []
+    for name in _ON_DEVICE:
+        try:
+            opened: Backend = _module(name).open_backend(device, stream)
+            return opened
+        except BackendError as error:
+            reasons.append(str(error))
+    raise BackendError(f"no backend for weights on {str(device)!r}: {'; '.join(reasons)}")
 
 
 def _module(name: str) -> Any:

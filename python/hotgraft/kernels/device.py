@@ -3,7 +3,7 @@
 A backend belongs to one device. Tables and values are torch tensors there; torch allocates and
 copies, the kernels get addresses. Every launch goes to the stream given when the backend was made,
 or to the one that is current when it is called. Nothing waits for the device but what must return
-numbers: `compare`, `select`, `difference`, `merge`, `read`.
+numbers (`compare`, `select`, `difference`, `merge`, `read`), and `assemble`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hotgraft.errors import BackendError
+from hotgraft.errors import BackendError, DeviceMemoryError
 from hotgraft.format import Bits, DType, Group, Positions
 from hotgraft.kernels import (
     Loaded,
@@ -201,8 +201,11 @@ class DeviceBackend(abc.ABC):
     def assemble(
         self, segments: npt.NDArray[np.int64], positions: Device, item_size: int
     ) -> DeviceTable:
-        """A table of positions that are on the device already."""
+        """A table of positions that are on the device already; it is there when this returns."""
         there, tiles = self._upload([segments, tiles_of(segments, len(positions))])
+        if self.device.type == "cuda":  # another stream may be the first to use it
+            with self._current():
+                torch.cuda.current_stream().synchronize()
         return DeviceTable(
             there.view(torch.int64).view(-1, 3), tiles.view(torch.int32), positions, item_size
         )
@@ -226,28 +229,31 @@ class DeviceBackend(abc.ABC):
             firsts.append(room)
             room += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         on_gpu = self.device.type == "cuda"
-        staged = torch.empty(room + ALIGNMENT, dtype=torch.uint8, pin_memory=on_gpu)
-        skew = -staged.data_ptr() % ALIGNMENT
-        staged = staged[skew : skew + room]
-        host = staged.numpy()
-        for first, array in zip(firsts, arrays, strict=True):
-            host[first : first + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
-        if on_gpu:
-            staged = self._copied(staged)
+        with self._room(f"{room:,} bytes"):
+            staged = torch.empty(room + ALIGNMENT, dtype=torch.uint8, pin_memory=on_gpu)
+            skew = -staged.data_ptr() % ALIGNMENT
+            staged = staged[skew : skew + room]
+            host = staged.numpy()
+            for first, array in zip(firsts, arrays, strict=True):
+                flat = np.ascontiguousarray(array).view(np.uint8).ravel()
+                host[first : first + array.nbytes] = flat
+            if on_gpu:
+                with self._current():
+                    staged = staged.to(self.device, non_blocking=True)
         return [
             staged[first : first + array.nbytes]
             for first, array in zip(firsts, arrays, strict=True)
         ]
 
-    def _copied(self, staged: torch.Tensor) -> Device:
+    @contextlib.contextmanager
+    def _room(self, what: str) -> Iterator[None]:
+        """Say in our words that memory ran out."""
         try:
-            with self._current():
-                return staged.to(self.device, non_blocking=True)
+            yield
         except torch.OutOfMemoryError as error:
-            free, _ = torch.cuda.mem_get_info(self.device)
-            raise BackendError(
-                f"{self.device} has no room for {staged.nbytes:,} bytes ({free:,} are free, beside "
-                "what torch keeps); unload a skill, or call torch.cuda.empty_cache()"
+            raise DeviceMemoryError(
+                f"{self.device} has no room for {what}: unload a skill, or call "
+                "torch.cuda.empty_cache() if others need what torch keeps"
             ) from error
 
     def _current(self) -> contextlib.AbstractContextManager[object]:
@@ -275,15 +281,19 @@ class DeviceBackend(abc.ABC):
                 f"items' {part.item_size} bytes: clone the tensor"
             )
 
-    def _keep(self, *tensors: Device) -> None:
+    def _keep(self, *moves: Move) -> None:
         """Their memory is not given to others before what is enqueued on this stream is done.
 
         Needed where it was allocated on another stream, as happens when the current one changes.
         """
         if self.device.type == "cuda" and self.stream is None:
             current = torch.cuda.current_stream(self.device)
-            for tensor in tensors:
-                tensor.record_stream(current)
+            for table, values in moves:
+                for tensor in {
+                    tensor.untyped_storage().data_ptr(): tensor
+                    for tensor in (table.segments, table.tiles, table.positions, values)
+                }.values():
+                    tensor.record_stream(current)
 
     def _check_values(self, table: DeviceTable, values: Device) -> None:
         if values.device != table.positions.device:
@@ -307,7 +317,7 @@ class DeviceBackend(abc.ABC):
         self._check_values(table, values)
         with self._current():
             self._scatter([Move(table, values)])
-        self._keep(table.positions, values)
+        self._keep(Move(table, values))
 
     def exchange(self, leaving: Move, entering: Move) -> None:
         """Both scatters in one launch; they share no cell and have items of one size."""
@@ -315,7 +325,7 @@ class DeviceBackend(abc.ABC):
             self._check_values(table, values)
         with self._current():
             self._scatter([Move(*leaving), Move(*entering)])
-        self._keep(leaving[0].positions, leaving[1], entering[0].positions, entering[1])
+        self._keep(Move(*leaving), Move(*entering))
 
     def compare(self, table: DeviceTable, values: Device) -> tuple[int, int]:
         self._check_values(table, values)
@@ -405,7 +415,11 @@ class DeviceBackend(abc.ABC):
         order: Sequence[int],
     ) -> DeviceMerged:
         """The union of arrays that are on the device already; its entries stay there."""
-        with self._current():
+        sizes = [len(source.positions) for source in sources]
+        firsts, counts = ranges[..., 0], ranges[..., 1]
+        if ranges.size and (min(firsts.min(), counts.min()) < 0 or (firsts + counts > sizes).any()):
+            raise ValueError("a range reaches beyond its source")
+        with self._current(), self._room("a merge"):
             return self._merge(sources, np.ascontiguousarray(ranges), dtype, policy, order)
 
     def _upload_source(self, source: Source) -> tuple[Device, Device, Device]:

@@ -3,7 +3,7 @@
 from hotgraft.placement.fit import fit, refuse_nonfinite
 from hotgraft.placement.names import Names
 from hotgraft.placement.overlay import expected_bits, share_cells
-from hotgraft.placement.plain import Backends, Launch, Plan, compile_plan
+from hotgraft.placement.plain import Backends, Launch, Plan, compile_plan, resolve_backends
 from hotgraft.placement.slots import Slot, find_slots
 from hotgraft.placement.watch import Watch, Wiring, watch
 
@@ -20,6 +20,7 @@ __all__ = [
     "find_slots",
     "fit",
     "refuse_nonfinite",
+    "resolve_backends",
     "share_cells",
     "watch",
 ]

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hotgraft import kernels
+from hotgraft.errors import BackendError
 from hotgraft.format import BLOCK, DTYPES, Group, Row
 from hotgraft.graft import Graft
 from hotgraft.kernels import Backend, Part
@@ -19,6 +21,26 @@ from hotgraft.placement.watch import Watch, watch
 
 Backends = Mapping[torch.device, Backend]
 """The backend of each device that holds weights."""
+
+
+def resolve_backends(
+    slots: Mapping[str, Slot], name: str | None, stream: torch.cuda.Stream | None
+) -> dict[torch.device, Backend]:
+    """The backend of each device that holds a tensor, by name or the best one.
+
+    Raises:
+        BackendError: naming a tensor that there is none for.
+    """
+    found: dict[torch.device, Backend] = {}
+    for slot in slots.values():
+        device = slot.tensor.device
+        if device not in found and device.type != "meta":
+            mine = stream if stream is not None and stream.device == device else None
+            try:
+                found[device] = kernels.resolve(name, device, mine)
+            except BackendError as error:
+                raise BackendError(f"{slot.name!r} is on {str(device)!r}: {error}") from error
+    return found or {torch.device("cpu"): kernels.resolve(name)}
 
 
 class Launch(NamedTuple):
@@ -72,24 +94,26 @@ class Plan:
         """The tensor's name and the C-order position behind a table entry."""
         if launch.origin is not None:
             entry = int(launch.origin[entry])
-        for row in launch.rows:
-            if entry < row.count:
+        for here in launch.rows:
+            if entry < here.count:
                 break
-            entry -= row.count
+            entry -= here.count
+        # A set composed on devices numbers its entries anew when it becomes a graft.
+        row = next(r for r in self.graft.rows if (r.name, r.block) == (here.name, here.block))
         return row.name, row.block + int(self.graft.arrays(row).positions[entry])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its arrays, those shared with the graft included, each counted once."""
-        arrays: dict[int, int] = {}
-        for group in self.graft.groups.values():
-            arrays.update({id(a): a.nbytes for a in group})
-        tables = 0
+        """Bytes of its arrays, on devices and, where the graft is at hand, in host memory."""
+        groups = self.graft.groups.values() if self.at_hand else ()
+        found = sum(array.nbytes for group in groups for array in group)
         for launch in self.launches:
-            arrays.update({id(launch.new): launch.new.nbytes, id(launch.old): launch.old.nbytes})
-            tables += launch.table.nbytes
-        shared = sum(g.positions.nbytes for g in self.graft.groups.values())
-        return sum(arrays.values()) + tables - shared
+            found += launch.table.nbytes
+            if any(launch.new is group.new for group in groups):
+                found -= 4 * launch.table.n_entries  # positions that the graft has too
+            else:
+                found += launch.new.nbytes + launch.old.nbytes
+        return int(found)
 
 
 def compile_plan(graft: Graft, slots: Mapping[str, Slot], backends: Backends) -> Plan:
