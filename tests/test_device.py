@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -326,7 +328,8 @@ def test_every_allocation_of_a_launch_outlives_it_on_another_stream(
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda t, _: kept.add(t.untyped_storage().data_ptr())
     )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "another")
+    another = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: another)
     monkeypatch.setattr(there.device, "device", torch.device("cuda", 0))
     plan = there.host._ledger.live.plan
     assert plan is not None
@@ -335,6 +338,10 @@ def test_every_allocation_of_a_launch_outlives_it_on_another_stream(
         there.device._keep(Move(launch.table, launch.old))
         tensors = (launch.table.segments, launch.table.tiles, launch.table.positions, launch.old)
         assert kept == {t.untyped_storage().data_ptr() for t in tensors}
+        kept.clear()
+        same = dataclasses.replace(launch.table, stream=7)
+        there.device._keep(Move(same, launch.old))
+        assert not kept  # the allocator knows the order of its own stream
     monkeypatch.setattr(there.device, "device", CPU)
 
 

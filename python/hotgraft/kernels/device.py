@@ -51,6 +51,8 @@ class DeviceTable:
     positions: Device
     """int32[n_entries]"""
     item_size: int
+    stream: int = 0
+    """The stream that it, and the values loaded with it, were allocated on."""
 
     @property
     def n_entries(self) -> int:
@@ -185,6 +187,7 @@ class DeviceBackend(abc.ABC):
                 tiles_there.view(torch.int32),
                 positions.view(torch.int32),
                 part.item_size,
+                self._stream(),
             )
             loaded.append(Loaded(table, new, old))
         return loaded
@@ -207,7 +210,11 @@ class DeviceBackend(abc.ABC):
             with self._current():
                 torch.cuda.current_stream().synchronize()
         return DeviceTable(
-            there.view(torch.int64).view(-1, 3), tiles.view(torch.int32), positions, item_size
+            there.view(torch.int64).view(-1, 3),
+            tiles.view(torch.int32),
+            positions,
+            item_size,
+            self._stream(),
         )
 
     def nothing(self) -> tuple[Device, Device, Device]:
@@ -281,18 +288,23 @@ class DeviceBackend(abc.ABC):
                 f"items' {part.item_size} bytes: clone the tensor"
             )
 
+    def _stream(self) -> int:
+        """The number of the stream that launches and allocations go to now."""
+        if self.device.type != "cuda":
+            return 0
+        stream = self.stream or torch.cuda.current_stream(self.device)
+        number: int = stream.cuda_stream
+        return number
+
     def _keep(self, *moves: Move) -> None:
         """Their memory is not given to others before what is enqueued on this stream is done.
 
-        Needed where it was allocated on another stream, as happens when the current one changes.
+        Needed where it was allocated on another one, as happens when the current stream changes.
         """
-        if self.device.type == "cuda" and self.stream is None:
-            current = torch.cuda.current_stream(self.device)
-            for table, values in moves:
-                for tensor in {
-                    tensor.untyped_storage().data_ptr(): tensor
-                    for tensor in (table.segments, table.tiles, table.positions, values)
-                }.values():
+        for table, values in moves:
+            if table.stream != self._stream():
+                current = self.stream or torch.cuda.current_stream(self.device)
+                for tensor in (table.segments, table.tiles, table.positions, values):
                     tensor.record_stream(current)
 
     def _check_values(self, table: DeviceTable, values: Device) -> None:

@@ -40,25 +40,25 @@ class NativeCuda(DeviceBackend):
     # ---- moves -----------------------------------------------------------------------------------
 
     def _gather(self, table: DeviceTable, values: Device) -> None:
-        self._kernels.gather(_table(table), table.item_size, values.data_ptr(), self._handle())
+        self._kernels.gather(_table(table), table.item_size, values.data_ptr(), self._stream())
 
     def _scatter(self, moves: Sequence[Move]) -> None:
         self._kernels.scatter(
             [(_table(move.table), move.values.data_ptr()) for move in moves],
             moves[0].table.item_size,
-            self._handle(),
+            self._stream(),
         )
 
     def _compare(self, table: DeviceTable, values: Device, report: Device) -> None:
         self._kernels.compare(
-            _table(table), table.item_size, values.data_ptr(), report.data_ptr(), self._handle()
+            _table(table), table.item_size, values.data_ptr(), report.data_ptr(), self._stream()
         )
 
     # ---- select ----------------------------------------------------------------------------------
 
     def _differing(self, base: Device, finetuned: Device, item_size: int) -> Device:
         n = base.nbytes // item_size
-        scratch, stream = self._scratch(n), self._handle()
+        scratch, stream = self._scratch(n), self._stream()
         self._kernels.mark_differing(
             base.data_ptr(), finetuned.data_ptr(), n, item_size, scratch.data_ptr(), stream
         )
@@ -79,7 +79,7 @@ class NativeCuda(DeviceBackend):
             prefix,
             bins.data_ptr(),
             lowest_nan.data_ptr(),
-            self._handle(),
+            self._stream(),
         )
         return int(lowest_nan)
 
@@ -88,7 +88,7 @@ class NativeCuda(DeviceBackend):
     ) -> tuple[Device, Device]:
         n = base.nbytes // dtype.item_size
         items = (dtype.code, base.data_ptr(), finetuned.data_ptr(), n)
-        scratch, stream = self._scratch(n), self._handle()
+        scratch, stream = self._scratch(n), self._stream()
         more = self._scratch(n if 0 < ties < n else 0)
         self._kernels.mark_reaching(
             *items, lowest, ties, scratch.data_ptr(), more.data_ptr(), stream
@@ -134,7 +134,7 @@ class NativeCuda(DeviceBackend):
             positions.data_ptr(),
             new.data_ptr(),
             old.data_ptr(),
-            self._handle(),
+            self._stream(),
         )
         found = counted_there.cpu().numpy().view(np.int64)
         counts, conflicts = found[4 + k * k :], found[4 : 4 + k * k].reshape(k, k)
@@ -151,7 +151,7 @@ class NativeCuda(DeviceBackend):
             _place(int(found[3])),
         )
 
-    # ---- memory and stream -----------------------------------------------------------------------
+    # ---- memory -----------------------------------------------------------------------
 
     def _empty(self, n: int, dtype: torch.dtype) -> Device:
         return torch.empty(n, dtype=dtype, device=self.device)
@@ -159,12 +159,6 @@ class NativeCuda(DeviceBackend):
     def _scratch(self, n: int) -> Device:
         """Room for the ranks of n items, as int64."""
         return self._empty(self._kernels.scratch_size(n) // 8, torch.int64)
-
-    def _handle(self) -> int:
-        """The stream that `_current` made current."""
-        stream = self.stream or torch.cuda.current_stream(self.device)
-        handle: int = stream.cuda_stream
-        return handle
 
 
 def _table(table: DeviceTable) -> tuple[int, int, int, int]:
