@@ -87,6 +87,7 @@ def test_a_commit_waits_for_whoever_entered_and_who_enters_waits_for_it() -> Non
     assert side.waits == []  # there was no commit yet
     commit(streams)
     assert commits.waits == [1]
+    assert side.waits == [("event", 2, 1)]  # the caller's own stream, at once
     for _ in range(3):
         streams.order_entry()
     assert side.waits == [("event", 2, 1)]  # once is enough
@@ -125,16 +126,17 @@ def test_no_commit_while_a_graph_is_captured() -> None:
     cuda = Cuda(gpu0=side)
     streams = Streams([GPU], commits, cuda)  # type: ignore[arg-type]
     commit(streams)
+    late = cuda.current[GPU] = Stream(3)
     cuda.capturing = True
     streams.order_entry()  # a pass may be captured; it must not wait for what is not
-    assert side.waits == []
+    assert late.waits == []
     with pytest.raises(GateError, match="a CUDA graph is being captured"):
         streams.order_write()
     with pytest.raises(GateError, match="a check would become part of the graph"):
         streams.require_no_capture("a check")
     cuda.capturing = False
     streams.order_entry()
-    assert side.waits == [("event", 2, 1)]
+    assert late.waits == [("event", 2, 1)]
 
 
 def test_a_stream_of_another_device_is_refused() -> None:

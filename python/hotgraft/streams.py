@@ -1,10 +1,11 @@
 """Streams: a device's work on several streams, put into order around commits.
 
 A commit is enqueued on one stream of each device. Passes may run on others. Whoever enters waits
-(on the device, not on the CPU) for the last commit. A commit, or a check, waits for all that was
-enqueued before it on the streams that anybody entered on, and on the caller's current one. CUDA
-graphs that are replayed outside of the model's `forward` are not seen: replay them on the commits'
-stream, or on the stream that is current when `host.hold()` is entered.
+(on the device, not on the CPU) for the last commit, and so does the stream that is current when it
+is made. A commit, or a check, waits for all that was enqueued before it on the streams that anybody
+entered on, and on the caller's current one. CUDA graphs that are replayed outside of the model's
+`forward` are not seen: replay them on the commits' stream, or on the stream that is current when
+`host.hold()` is entered.
 """
 
 from __future__ import annotations
@@ -108,8 +109,12 @@ class Streams:
         return capturing
 
     def note_commit(self) -> None:
-        """A commit was enqueued: whoever enters from now on waits for it."""
+        """A commit was enqueued: the caller's current streams, and whoever enters, wait for it."""
         for device in self._devices:
-            mine = self._commits_on(device)
-            self._committed[device] = mine, mine.record_event()
+            mine, current = self._commits_on(device), self._cuda.current_stream(device)
+            event = mine.record_event()
+            self._committed[device] = mine, event
             self._entered[device] = {mine.cuda_stream: mine}
+            if current != mine:
+                current.wait_event(event)
+                self._entered[device][current.cuda_stream] = current
