@@ -36,6 +36,7 @@ def output(*command: object) -> str:
 def built() -> Path:
     """The extension, where it holds CUDA kernels."""
     if _native.CUDA is None:
+        # Without nvcc there are no kernels to look at: absent.cpp stands in, which is tested below.
         pytest.skip("nvcc was absent when the extension was built")
     return Path(_native.__file__)
 
@@ -233,6 +234,7 @@ def test_too_many_moves_are_refused():
 
 def test_a_launch_that_cannot_be_names_its_code():
     if native_cuda.why_not() is None:
+        # Where a GPU is, the kernel would run, and a bad address ends the process's use of it.
         pytest.skip("there is a device, and the addresses are made up")
     with pytest.raises(RuntimeError, match=r"^(cudaError|hotgraft)\w+ \(-?\d+\): "):
         _native.cuda.gather((16, 16, 16, 5), 2, 16, 0)

@@ -54,12 +54,6 @@ cpu::Isa instruction_set(int code) {
     return isa;
 }
 
-py::ssize_t item_size_of(hg::ValueType type) {
-    return hg::dispatch_value(type, [](auto value) {
-        return static_cast<py::ssize_t>(sizeof(typename decltype(value)::Bits));
-    });
-}
-
 // Whether `values` is n items in a row. The stride of an array of no or one item says nothing.
 bool is_flat(const py::array& values, py::ssize_t n, py::ssize_t item_size) {
     return values.ndim() == 1 && values.shape(0) == n && values.itemsize() == item_size &&
@@ -219,7 +213,7 @@ py::object place(const cpu::Place& at) {
 py::tuple merge(const py::list& inputs, Int64s ranges, int type, int policy, Int64s order,
                 int workers) {
     const auto value = value_type(type);
-    const py::ssize_t item_size = item_size_of(value);
+    const py::ssize_t item_size = hg::item_size_of(value);
     const auto k = static_cast<py::ssize_t>(inputs.size());
     require(policy >= 0 && policy <= static_cast<int>(cpu::Policy::sign), "unknown policy code");
     require(k > 0 && ranges.ndim() == 3 && ranges.shape(1) == k && ranges.shape(2) == 2,
@@ -280,9 +274,9 @@ py::tuple merge(const py::list& inputs, Int64s ranges, int type, int policy, Int
 py::tuple round_values(int from, const py::array& values, int to) {
     const auto source = float_type(from);
     const auto target = float_type(to);
-    require(is_flat(values, values.size(), item_size_of(source)),
+    require(is_flat(values, values.size(), hg::item_size_of(source)),
             "values must be a contiguous array of the source type's bits");
-    py::array out = empty_bits(item_size_of(target), values.shape(0));
+    py::array out = empty_bits(hg::item_size_of(target), values.shape(0));
     std::int64_t overflows = 0;
     {
         const void* in = values.data();

@@ -1,4 +1,4 @@
-// What happens to one entry, written once for every backend.
+// What the CPU loops do with one entry. (A GPU thread moves eight at once: core/grid.h.)
 //
 // Moves are typeless: T is an unsigned integer of the item's size, so NaN
 // payloads, infinities and the sign of zero survive.

@@ -196,6 +196,11 @@ decltype(auto) dispatch_value(ValueType type, F&& f) {
     return f(Integer<std::uint64_t>{});
 }
 
+inline int item_size_of(ValueType type) {
+    return dispatch_value(
+        type, [](auto value) { return static_cast<int>(sizeof(typename decltype(value)::Bits)); });
+}
+
 // The same for the four types that `merge` and `round` compute in.
 template <class F>
 decltype(auto) dispatch_float(ValueType type, F&& f) {

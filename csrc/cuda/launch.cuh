@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/element.h"
 #include "cuda/status.h"
 
 namespace hotgraft::cuda {
@@ -19,18 +20,6 @@ Code launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, Str
     config.blockDim = static_cast<unsigned>(threads);
     config.stream = static_cast<cudaStream_t>(stream);
     return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// Calls f with a zero of the unsigned type of 1, 2, 4 or 8 bytes.
-template <class F>
-Code for_size(int item_size, F&& f) {
-    switch (item_size) {
-        case 1: return f(std::uint8_t{});
-        case 2: return f(std::uint16_t{});
-        case 4: return f(std::uint32_t{});
-        case 8: return f(std::uint64_t{});
-        default: return cudaErrorInvalidValue;
-    }
 }
 
 }  // namespace hotgraft::cuda

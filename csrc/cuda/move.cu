@@ -38,7 +38,7 @@ grid::Move<T> typed(const Move& move) {
 }  // namespace
 
 Code gather(const grid::Table& table, int item_size, void* values, Stream stream) {
-    return for_size(item_size, [&](auto zero) {
+    return dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
         return launch(gather_kernel<T>, grid::blocks_for(table.n_entries), grid::threads, stream,
                       table, static_cast<T*>(values));
@@ -46,7 +46,7 @@ Code gather(const grid::Table& table, int item_size, void* values, Stream stream
 }
 
 Code scatter(const Move& first, const Move* second, int item_size, Stream stream) {
-    return for_size(item_size, [&](auto zero) {
+    return dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
         const std::int64_t split = grid::blocks_for(first.table.n_entries);
         const grid::Scatter<T> moves{typed<T>(first), typed<T>(second ? *second : first), split};
@@ -56,7 +56,7 @@ Code scatter(const Move& first, const Move* second, int item_size, Stream stream
 }
 
 Code compare(const Move& move, int item_size, std::int64_t* report, Stream stream) {
-    return for_size(item_size, [&](auto zero) {
+    return dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
         auto* numbers = reinterpret_cast<Number*>(report);
         return launch(compare_kernel<T>, grid::blocks_for(move.table.n_entries), grid::threads,
@@ -68,7 +68,7 @@ Code load_moves() {
     Code code = cudaSuccess;
     for (int item_size : {1, 2, 4, 8}) {
         if (code != cudaSuccess) return code;
-        code = for_size(item_size, [](auto zero) -> Code {
+        code = dispatch_size(item_size, [](auto zero) -> Code {
             using T = decltype(zero);
             cudaFuncAttributes unused;
             for (const cudaError_t one : {cudaFuncGetAttributes(&unused, gather_kernel<T>),

@@ -17,23 +17,6 @@ __global__ void __launch_bounds__(Ranks::words_a_tile)
     }
 }
 
-int size_of(ValueType type) {
-    switch (type) {
-        case ValueType::f8_e4m3:
-        case ValueType::f8_e5m2:
-        case ValueType::i8:
-        case ValueType::u8: return 1;
-        case ValueType::bf16:
-        case ValueType::f16:
-        case ValueType::i16:
-        case ValueType::u16: return 2;
-        case ValueType::f32:
-        case ValueType::i32:
-        case ValueType::u32: return 4;
-        default: return 8;
-    }
-}
-
 template <class T>
 Items<T> items(ValueType type, const void* a, const void* b) {
     return {static_cast<const T*>(a), static_cast<const T*>(b), type};
@@ -50,7 +33,7 @@ std::int64_t scratch_size(std::int64_t n) { return Ranks::scratch_size(n); }
 
 Code mark_differing(const void* a, const void* b, std::int64_t n, int item_size, void* scratch,
                     Stream stream) {
-    return for_size(item_size, [&](auto zero) {
+    return dispatch_size(item_size, [&](auto zero) {
         using T = decltype(zero);
         const Differs<T> test{items<T>(ValueType{}, a, b)};
         return mark(test, Ranks::in(scratch, n), stream);
@@ -64,7 +47,7 @@ Code write_positions(const void* scratch, std::int64_t n, std::int32_t* position
 Code count_scores(ValueType type, const void* a, const void* b, std::int64_t n, int shift,
                   std::uint64_t prefix, std::int64_t* bins, std::int64_t* lowest_nan,
                   Stream stream) {
-    return for_size(size_of(type), [&](auto zero) {
+    return dispatch_size(item_size_of(type), [&](auto zero) {
         using T = decltype(zero);
         const Binned<T> binned{items<T>(type, a, b), shift, prefix,
                                reinterpret_cast<Number*>(lowest_nan)};
@@ -76,7 +59,7 @@ Code count_scores(ValueType type, const void* a, const void* b, std::int64_t n, 
 Code mark_reaching(ValueType type, const void* a, const void* b, std::int64_t n,
                    std::uint64_t lowest, std::int64_t ties, void* scratch, void* more_scratch,
                    Stream stream) {
-    return for_size(size_of(type), [&](auto zero) {
+    return dispatch_size(item_size_of(type), [&](auto zero) {
         using T = decltype(zero);
         Reaches<T> test{items<T>(type, a, b), lowest + (ties == 0), ties, {}};
         if (0 < ties && ties < n) {
@@ -90,7 +73,7 @@ Code mark_reaching(ValueType type, const void* a, const void* b, std::int64_t n,
 
 Code write_scores(ValueType type, const void* a, const void* b, const void* scratch, std::int64_t n,
                   std::int32_t* positions, std::uint64_t* keys, Stream stream) {
-    return for_size(size_of(type), [&](auto zero) {
+    return dispatch_size(item_size_of(type), [&](auto zero) {
         using T = decltype(zero);
         return use_marked(WriteScore<T>{items<T>(type, a, b), positions, keys},
                           ranks_in(scratch, n), stream);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "arena.h"
 #include "check.h"
 #include "core/grid.h"
 #include "imitation.h"
@@ -16,49 +17,24 @@ namespace {
 
 // ---- moves -------------------------------------------------------------------------------------
 
-// Segments, each with a heap block of its own, and the table over them.
+// An arena with the tiles that a grid wants.
 template <class T>
-struct Arena {
-    std::vector<std::unique_ptr<T[]>> blocks;
-    std::vector<std::int64_t> sizes;
-    std::vector<Segment> segments;
-    std::vector<std::int32_t> positions, tiles;
-    std::vector<T*> cells;  // of every entry
+struct Tiled : Arena<T> {
+    std::vector<std::int32_t> tiles;
 
-    // `shift` moves the base address and the positions against each other; the cells stay.
-    void add(std::int64_t size, std::int64_t count, std::int64_t shift = 0) {
-        blocks.push_back(std::make_unique<T[]>(size));
-        sizes.push_back(size);
-        T* block = blocks.back().get();
-        for (std::int64_t i = 0; i < size; ++i) block[i] = static_cast<T>(random_bits());
-        const auto base = reinterpret_cast<std::uint64_t>(block) - shift * sizeof(T);
-        segments.push_back({base, static_cast<std::int64_t>(positions.size()), count});
-        for (std::int64_t i = 0; i < count; ++i) {
-            const std::int64_t at = i * size / count;
-            positions.push_back(static_cast<std::int32_t>(at + shift));
-            cells.push_back(block + at);
-        }
-    }
-
-    std::int64_t n() const { return static_cast<std::int64_t>(positions.size()); }
+    std::int64_t n() const { return static_cast<std::int64_t>(this->positions.size()); }
 
     grid::Table table() {
         tiles.clear();
         std::int32_t segment = 0;
         for (std::int64_t first = 0; first < n(); first += grid::tile) {
-            while (segments[segment].first + segments[segment].count <= first) ++segment;
+            while (this->segments[segment].first + this->segments[segment].count <= first) {
+                ++segment;
+            }
             tiles.push_back(segment);
         }
-        tiles.push_back(static_cast<std::int32_t>(segments.size()) - 1);
-        return {segments.data(), tiles.data(), positions.data(), n()};
-    }
-
-    std::vector<T> everything() const {
-        std::vector<T> all;
-        for (std::size_t i = 0; i < blocks.size(); ++i) {
-            all.insert(all.end(), blocks[i].get(), blocks[i].get() + sizes[i]);
-        }
-        return all;
+        tiles.push_back(static_cast<std::int32_t>(this->segments.size()) - 1);
+        return {this->segments.data(), tiles.data(), this->positions.data(), n()};
     }
 };
 
@@ -88,7 +64,7 @@ Mismatch compare(const grid::Move<T>& move) {
 }
 
 template <class T>
-void check_moves(Arena<T>& arena, int skew) {
+void check_moves(Tiled<T>& arena, int skew) {
     const grid::Table table = arena.table();
     const std::int64_t n = arena.n();
     const std::vector<T> before = arena.everything();
@@ -117,7 +93,7 @@ void check_moves(Arena<T>& arena, int skew) {
     for (std::int64_t e = 0; e < n; ++e) CHECK(*arena.cells[e] == fresh.data[e]);
 
     // With another table in the same launch, before it and after it.
-    Arena<T> other;
+    Tiled<T> other;
     other.add(5000, 3000), other.add(1, 1);
     const grid::Table second = other.table();
     const std::int64_t more = grid::blocks_for(other.n());
@@ -142,19 +118,19 @@ void moves_of() {
     for (int skew = 0; skew < 2; ++skew) {
         for (std::int64_t n : {std::int64_t{1}, std::int64_t{7}, std::int64_t{8}, std::int64_t{9},
                                tile - 1, tile, tile + 1, 3 * tile}) {
-            Arena<T> one;
+            Tiled<T> one;
             one.add(2 * n, n);
             check_moves(one, skew);
         }
-        Arena<T> tiny;  // several segments a thread, and tiles that many share
+        Tiled<T> tiny;  // several segments a thread, and tiles that many share
         for (std::int64_t i = 0; i < 3000; ++i) tiny.add(20, 1 + i % 17 % 5);
         check_moves(tiny, skew);
-        Arena<T> edges;  // segments that end where tiles and shares do, and one over several tiles
+        Tiled<T> edges;  // segments that end where tiles and shares do, and one over several tiles
         for (std::int64_t count : {tile, tile - 8, std::int64_t{8}, 3 * tile + 1, tile - 1}) {
             edges.add(4 * count, count);
         }
         check_moves(edges, skew);
-        Arena<T> far;  // the last element of a segment of 2^31
+        Tiled<T> far;  // the last element of a segment of 2^31
         far.add(100, 100, farthest - 99);
         far.add(1, 1, farthest);
         far.add(tile, 1000, farthest + 1 - tile);
