@@ -67,8 +67,9 @@ def read() -> list[archive.Package]:
 
 
 def package(name: str, *, section: str = "games", text: str = "", **more: str) -> archive.Package:
-    roles = frozenset(filter(None, [more.get("role", "")]))
-    return archive.Package(name, more.get("source", name), section, roles, text or f"about {name}")
+    tags = frozenset(f"role::{role}" for role in filter(None, [more.get("role", "")]))
+    source = more.get("source", name)
+    return archive.Package(name, source, section, tags, synopsis=text or f"about {name}", long="")
 
 
 # ---- reading an archive --------------------------------------------------------------------------
@@ -80,9 +81,13 @@ def test_a_package_list_is_joined_with_its_descriptions() -> None:
         name="chess",
         source="chess-suite",
         section="games",
-        roles=frozenset({"program"}),
-        text="plays chess. A strong engine, says «Zoë». Bring your own board.",
+        tags=frozenset({"game::board", "role::program", "use::gameplaying"}),
+        synopsis="plays chess",
+        long="A strong engine, says «Zoë». Bring your own board.",
     )
+    assert chess.text == "plays chess. A strong engine, says «Zoë». Bring your own board."
+    assert chess.roles == {"program"}
+    assert chess.tagged("gam") == frozenset()
     assert documentation.source == "chess-suite"
     assert documentation.roles == frozenset()
 

@@ -19,14 +19,34 @@ LONG_CHARACTERS = 200  # of the long description: with the synopsis, about 64 to
 class Package:
     """One binary package: what a question can ask about, and the text it is asked on.
 
-    `roles` are its debtags under `role::`, without the prefix.
+    `tags` are all its debtags, `facet::tag`. `long` is the long description on one line.
     """
 
     name: str
     source: str
     section: str
-    roles: frozenset[str]
-    text: str
+    tags: frozenset[str]
+    synopsis: str
+    long: str
+
+    def tagged(self, facet: str) -> frozenset[str]:
+        """The debtags under one facet, without the facet.
+
+        Example: `package.tagged("role")`, which may be `frozenset({"program"})`.
+        """
+        prefix = f"{facet}::"
+        return frozenset(tag.removeprefix(prefix) for tag in self.tags if tag.startswith(prefix))
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The debtags under `role::`."""
+        return self.tagged("role")
+
+    @property
+    def text(self) -> str:
+        """The synopsis and the beginning of the long description, cut between words."""
+        long = textwrap.shorten(self.long, LONG_CHARACTERS, placeholder="")
+        return f"{self.synopsis}. {long}"
 
 
 def read_packages(packages: IO[bytes], translations: IO[bytes]) -> Iterator[Package]:
@@ -48,15 +68,16 @@ def read_packages(packages: IO[bytes], translations: IO[bytes]) -> Iterator[Pack
         synopsis, _, long = english.get(entry.get("Description-md5", ""), "").partition("\n")
         if not long or "Section" not in entry:
             continue
-        # A line " ." stands for an empty one; shorten() joins the lines and cuts between words.
-        long = " ".join(line for line in long.splitlines() if line.strip() != ".")
+        # A line " ." stands for an empty one.
+        words = [w for line in long.splitlines() if line.strip() != "." for w in line.split()]
         tags = (tag.strip() for tag in entry.get("Tag", "").split(","))
         yield Package(
             name=entry["Package"],
             source=entry.get("Source", entry["Package"]).split()[0],  # "name" or "name (version)"
             section=entry["Section"],
-            roles=frozenset(tag.removeprefix("role::") for tag in tags if tag.startswith("role::")),
-            text=f"{synopsis.strip()}. {textwrap.shorten(long, LONG_CHARACTERS, placeholder='')}",
+            tags=frozenset(filter(None, tags)),
+            synopsis=synopsis.strip(),
+            long=" ".join(words),
         )
 
 
