@@ -38,6 +38,10 @@ class NonFiniteError(HotgraftError, ValueError):
     """A NaN or infinity where none is allowed, or an overflow to infinity while composing."""
 
 
+class DataError(HotgraftError, ValueError):
+    """What a run was given cannot be used: no batches, too few, a loss that is no scalar, ..."""
+
+
 class OverlapError(HotgraftError, ValueError):
     """Grafts disagree on shared positions under the policy `refuse`."""
 
