@@ -37,7 +37,7 @@ LAYERS = [
     {"kernels"},
     {"weights"},
     {"scope"},
-    {"difference", "composition", "placement"},
+    {"difference", "composition", "evaluation", "placement"},
     {"gate"},
     {"streams"},
     {"ledger"},

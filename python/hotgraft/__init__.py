@@ -8,6 +8,7 @@ them in and gives them back bit for bit, in time proportional to the patch.
 from hotgraft import errors
 from hotgraft.composition import Overlap, compose, overlap
 from hotgraft.difference import diff
+from hotgraft.evaluation import Estimate, Evaluation, evaluate
 from hotgraft.format import Provenance
 from hotgraft.graft import Entries, Graft, Mask
 from hotgraft.host import Host, Skill, attach
@@ -16,6 +17,8 @@ from hotgraft.weights import fingerprint
 
 __all__ = [
     "Entries",
+    "Estimate",
+    "Evaluation",
     "Graft",
     "Host",
     "Mask",
@@ -27,6 +30,7 @@ __all__ = [
     "compose",
     "diff",
     "errors",
+    "evaluate",
     "fingerprint",
     "overlap",
 ]

@@ -77,6 +77,10 @@ class ModelNotFoundError(HotgraftError, FileNotFoundError):
     """The pretrained model that was asked for is not at hand."""
 
 
+class EvaluationError(HotgraftError, ValueError):
+    """Logits and labels cannot be scored: shapes, types, labels out of range, bad options."""
+
+
 class CastWarning(UserWarning):
     """Entries of a graft became equal to the base when rounded to the host's precision."""
 
