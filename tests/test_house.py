@@ -43,6 +43,7 @@ LAYERS = [
     {"ledger"},
     {"composer"},
     {"host"},
+    {"train"},
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},
     {"arguments", "console"},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from rich.progress import Progress
 from torch import nn
 
-from hotgraft.demo.task import Readout, Task
+from hotgraft import train
+from hotgraft.demo.task import Readout, Split, Task
 
 STEPS = 300  # 2 epochs of 2,400 texts
 BATCH = 16
@@ -39,29 +42,38 @@ def finetune(
 
     Example: `finetune(model, task, Readout.from_base(model, tokenizer, task))`.
     """
-    model.eval()  # no dropout: tried, it gives no better grafts; so the order alone is random
-    flags = {p: p.requires_grad for p in model.parameters()}
-    trained = [p for name, p in model.named_parameters() if name.startswith("encoder.")]
-    model.requires_grad_(False)
-    for p in trained:
-        p.requires_grad_(True)
-    optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=MOMENTUM)
-    generator = torch.Generator().manual_seed(seed)
+
+    def loss(model: nn.Module, batch: list[int]) -> torch.Tensor:
+        logits = readout.logits(model, [task.train.texts[i] for i in batch])
+        labels = task.train.labels[batch].to(logits.device)
+        return nn.functional.cross_entropy(logits, labels)
+
     bar = progress.add_task(f"training {task.name}", total=steps) if progress else None
-    order: list[int] = []
-    for _ in range(steps):
-        if len(order) < BATCH:  # the next epoch
-            order = torch.randperm(len(task.train.texts), generator=generator).tolist()
-        chosen, order = order[:BATCH], order[BATCH:]
-        logits = readout.logits(model, [task.train.texts[i] for i in chosen])
-        loss = nn.functional.cross_entropy(logits, task.train.labels[chosen].to(logits.device))
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
+
+    def show(step: int, _steps: int, value: float) -> None:
         if progress is not None and bar is not None:
-            text = f"training {task.name}, loss {loss.item():.2f}"
-            progress.update(bar, advance=1, description=text)
-    for p, flag in flags.items():
-        p.requires_grad_(flag)
-        p.grad = None
+            text = f"training {task.name}, loss {value:.2f}"
+            progress.update(bar, completed=step, description=text)
+
+    model.eval()  # no dropout: tried, it gives no better grafts; so the order alone is random
+    optimizer = train.sgd(model, lr=LEARNING_RATE, momentum=MOMENTUM, clip=CLIP, scope=_in_encoder)
+    data = batches(task.train, seed)
+    train.finetune(model, loss, data, optimizer, steps=steps, progress=show)
+
+
+def batches(split: Split, seed: int) -> Iterator[list[int]]:
+    """Without end: indices of 16 texts; each epoch has an order of its own, and no rest.
+
+    Example: `next(batches(task.train, 0))`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while True:
+        if len(order) < BATCH:  # the next epoch
+            order = torch.randperm(len(split.texts), generator=generator).tolist()
+        yield order[:BATCH]
+        order = order[BATCH:]
+
+
+def _in_encoder(name: str, _shape: tuple[int, ...]) -> bool:
+    return name.startswith("encoder.")
