@@ -1,0 +1,1 @@
+"""Studies: what the library does on real tasks, each in its own folder."""
