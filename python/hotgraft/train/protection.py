@@ -139,29 +139,28 @@ class Protection:
 
     def _place(self) -> None:
         """Compile the plan that writes to what the optimizer trains, where it is now."""
+        every = parameters.of_optimizer(self._optimizer)
+        trained = {id(tensor): tensor for tensor in every}
         slots = find_slots(self._model)
-        trained = {id(tensor): tensor for tensor in parameters.of_optimizer(self._optimizer)}
-        self._trained = len(parameters.of_optimizer(self._optimizer))
-        self._plan = None
-        if self._held is None:
-            return
-        names = [name for name in self._held.names if _tensors(slots.get(name), trained)]
-        if not names:
-            return
-        for name in names:
-            now, then = slots[name].dtype.name, _dtype(self._held, name)
-            if now != then:
-                raise BaseMismatchError(
-                    f"{name!r} was {then} when its positions were protected and is {now} now, so "
-                    "it cannot hold the same bits; convert the model first, then protect"
-                )
-        held = self._held
-        if names != list(held.names):
-            held = Graft.from_entries({name: held[name] for name in names})
-        self._backends = resolve_backends({name: slots[name] for name in names}, None, None)
-        fitted = fit(held, slots, self._model, kernels.resolve(), allow_nonfinite=True)
-        self._plan = compile_plan(fitted, slots, self._backends)
-        self._written = [t for name in names for t in _tensors(slots[name], trained)]
+        held, plan = self._held, None
+        names = [n for n in held.names if _tensors(slots.get(n), trained)] if held else []
+        if held is not None and names:
+            for name in names:
+                now, then = slots[name].dtype.name, _dtype(held, name)
+                if now != then:
+                    raise BaseMismatchError(
+                        f"{name!r} was {then} when its positions were protected and is {now} now, "
+                        "so it cannot hold the same bits; convert the model first, then protect"
+                    )
+            if names != list(held.names):
+                held = Graft.from_entries({name: held[name] for name in names})
+            self._backends = resolve_backends({name: slots[name] for name in names}, None, None)
+            fitted = fit(held, slots, self._model, kernels.resolve(), allow_nonfinite=True)
+            plan = compile_plan(fitted, slots, self._backends)
+        # Only now: where this raised, the next step finds what the last one found, and raises too.
+        self._plan = plan
+        self._trained = len(every)
+        self._written = [tensor for name in names for tensor in _tensors(slots[name], trained)]
 
 
 def _tensors(slot: Slot | None, trained: dict[int, torch.Tensor]) -> list[torch.Tensor]:
