@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from transformers.utils import logging
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> None:
+def _one_thread() -> Iterator[None]:
+    """Work this small only waits for other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(before)
+    logging.enable_progress_bar()
 
 
 def bert() -> BertForSequenceClassification:
