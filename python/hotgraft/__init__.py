@@ -13,6 +13,7 @@ from hotgraft.format import Provenance
 from hotgraft.graft import Entries, Graft, Mask
 from hotgraft.host import Host, Skill, attach
 from hotgraft.kernels import available as available_backends
+from hotgraft.search import localize
 from hotgraft.weights import fingerprint
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "errors",
     "evaluate",
     "fingerprint",
+    "localize",
     "overlap",
 ]

@@ -109,7 +109,7 @@ def diff(
         label, names = in_scope(left.specs, scope)
         _check_same(left, right, names, label)
         eligible = sum(prod(left.specs[name].shape) for name in names)
-        k = _entries_wanted(density, count, eligible, label)
+        k = entries_wanted(density, count, eligible, label)
         runner = kernels.resolve(backend)
         pairs = _Pairs(left, right, names)
         # A choice takes more reads than one: the first and the last are reported.
@@ -266,7 +266,7 @@ def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], label: st
             )
 
 
-def _entries_wanted(
+def entries_wanted(
     density: float | None, count: int | None, eligible: int, label: str
 ) -> int | None:
     if density is None and count is None:

@@ -7,13 +7,14 @@ change what was checked. safetensors reads the header; nothing here unpickles.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -82,12 +83,24 @@ def write(
         header[name] = {"dtype": kind, "shape": [len(array)], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    with replacing(target) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(arrays[name][0].data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to be written whole or not at all: beside its place first, flushed, then renamed.
+
+    Raises:
+        OSError: the folder is missing or cannot be written.
+    """
+    target = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with open(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(arrays[name][0].data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -1,0 +1,297 @@
+"""Candidates: the entries that a search chooses from, between two checkpoints, on the live model.
+
+A gate in 0 .. 1 says how far an entry has gone from the base's value to the fine-tuned one. Gates
+are written with the engine's scatter. Their derivatives are read with its gather, tensor by tensor
+in the backward pass, and each dense gradient is freed at once. So a search needs memory in
+proportion to its candidates, and neither checkpoint a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hotgraft import kernels
+from hotgraft.batches import Loss, scalar
+from hotgraft.errors import NonFiniteError, ParameterError
+from hotgraft.format import DTYPES, Bits, Group, Row, dtype_of
+from hotgraft.graft import Graft, bit_view
+from hotgraft.kernels import Backend
+from hotgraft.placement import compile_plan, find_slots, fit, resolve_backends
+from hotgraft.placement.plain import Launch
+
+
+class _Part(NamedTuple):
+    """The candidates of one row: of a tensor, within a block."""
+
+    row: Row
+    parameter: nn.Parameter
+    entries: slice
+    """Of the candidates' vectors."""
+    old: torch.Tensor
+    new: torch.Tensor
+
+
+class _Write(NamedTuple):
+    """A launch that writes candidates of one dtype."""
+
+    backend: Backend
+    launch: Launch
+    order: npt.NDArray[np.int64] | None
+    """Which of the dtype's candidates, where it is not all of them in order."""
+
+
+class _Kind(NamedTuple):
+    """The candidates of one dtype."""
+
+    entries: slice
+    old: torch.Tensor
+    new: torch.Tensor
+    writes: tuple[_Write, ...]
+
+
+class Candidates:
+    """The entries of a graft as gates on a model that holds the graft's base.
+
+    A context manager: meanwhile the model is in evaluation mode and only the parameters with
+    candidates require a gradient; at the end the weights are the base's again, bit for bit.
+
+    Args:
+        model: holds the base.
+        graft: the candidates, between the base and the fine-tuned model.
+
+    Raises:
+        BaseMismatchError, CoverageError: the graft is not one for this model.
+        ParameterError: a candidate is in something that has no gradient: a frozen parameter, a
+            buffer, an integer tensor; or in a tensor that cannot be written.
+
+    Example:
+        >>> import hotgraft
+        >>> model, tuned = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> with Candidates(model, hotgraft.diff(model, tuned)) as candidates:
+        ...     candidates.write(torch.ones(candidates.count))
+        ...     torch.equal(model.weight, tuned.weight)
+        True
+    """
+
+    graft: Graft
+    slopes: torch.Tensor
+    """fp32 `[count]`: the derivatives of the last loss with respect to the gates."""
+
+    def __init__(self, model: nn.Module, graft: Graft) -> None:
+        slots = find_slots(model)
+        fitted = fit(graft, slots, model, kernels.resolve(), allow_nonfinite=True)
+        if fitted.rows != graft.rows:
+            raise ParameterError(
+                "two tensors of the model share memory as different views, so one gate would move "
+                "both: choose a scope without them"
+            )
+        self.graft = graft
+        self.slopes = torch.zeros(graft.nnz)
+        self._model = model
+        self._kinds: list[_Kind] = []
+        self._parts: dict[nn.Parameter, list[_Part]] = {}
+        backends = resolve_backends({name: slots[name] for name in graft.names}, None, None)
+        filled = 0
+        for dtype, group in graft.groups.items():  # the vectors hold dtype after dtype
+            rows = [row for row in graft.rows if row.dtype == dtype]
+            old, new = (_values(np.array(array), dtype) for array in (group.old, group.new))
+            for row in rows:
+                parameter = _trainable(row, slots[row.name].tensor)
+                mine = slice(row.first, row.first + row.count)
+                entries = slice(filled + mine.start, filled + mine.stop)
+                part = _Part(row, parameter, entries, old[mine], new[mine])
+                self._parts.setdefault(parameter, []).append(part)
+            same = Graft(rows, {dtype: group}, graft.provenance, checked=True)
+            launches = compile_plan(same, slots, backends).launches
+            writes = (_Write(backends[at.device], at, _order(at, len(old))) for at in launches)
+            entries = slice(filled, filled := filled + len(old))
+            self._kinds.append(_Kind(entries, old, new, tuple(writes)))
+
+    @property
+    def count(self) -> int:
+        """How many candidates there are."""
+        return self.graft.nnz
+
+    def changes(self) -> torch.Tensor:
+        """fp32 `[count]`: fine-tuned minus base."""
+        return torch.cat([(_wide(k.new) - _wide(k.old)).float() for k in self._kinds])
+
+    def __enter__(self) -> Candidates:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_evaluating(self._model))
+            stack.enter_context(_only_required(self._model, self._parts))
+            stack.callback(self._restore)
+            for parameter in self._parts:
+                watch: Any = parameter.register_post_accumulate_grad_hook  # without types
+                handle = watch(self._take)
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def write(self, gates: torch.Tensor) -> None:
+        """Set every candidate to base + gate x change, rounded once to its type.
+
+        A gate of 0 writes the base's bits, a gate of 1 the fine-tuned ones.
+
+        Args:
+            gates: fp32 `[count]`, in 0 .. 1.
+        """
+        for kind in self._kinds:
+            old, new = _wide(kind.old), _wide(kind.new)
+            # lerp is exact at both ends.
+            soft = torch.lerp(old, new, gates[kind.entries].to(old.dtype)).to(kind.old.dtype)
+            bits = bit_view(soft)
+            for backend, launch, order in kind.writes:
+                values = bits if order is None else bits[order]
+                backend.scatter(launch.table, backend.values(values))
+        torch.clear_autocast_cache()  # which keeps weights as they were, in low precision
+
+    def _restore(self) -> None:
+        for kind in self._kinds:
+            for backend, launch, _ in kind.writes:
+                backend.scatter(launch.table, launch.old)
+        torch.clear_autocast_cache()
+
+    def measure(self, loss: Loss, batch: Any, place: str) -> float:
+        """The loss on a batch.
+
+        Args:
+            place: where in the search this is, for messages.
+
+        Raises:
+            DataError, NonFiniteError: it is not a finite scalar.
+        """
+        with torch.no_grad():
+            return scalar(loss(self._model, batch), place)
+
+    def differentiate(self, loss: Loss, batch: Any, place: str) -> float:
+        """The loss on a batch; `slopes` holds its derivatives then.
+
+        Raises:
+            DataError: the loss is not a scalar that depends on a parameter with candidates.
+            NonFiniteError: the loss or a derivative is a NaN or infinity.
+        """
+        self.slopes.zero_()
+        with torch.enable_grad():
+            value = loss(self._model, batch)
+            number = scalar(value, place)
+            torch.autograd.backward(value)
+        if not torch.isfinite(self.slopes).all():
+            raise NonFiniteError(
+                f"the gradient of {place} has a NaN or infinity, where the loss is {number:g}"
+            )
+        return number
+
+    def _take(self, parameter: torch.Tensor) -> None:
+        """Read what is wanted of a parameter's gradient, and free it."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        assert isinstance(parameter, nn.Parameter)
+        flat = gradient.to_dense().contiguous().view(-1)
+        dtype = dtype_of(flat.dtype, "a gradient")
+        backend = kernels.resolve(None, flat.device)
+        for row, _, entries, old, new in self._parts[parameter]:
+            address = flat.data_ptr() + row.block * dtype.item_size
+            segment = np.array([[address, 0, row.count]], np.int64)
+            table = backend.table(segment, self.graft.arrays(row).positions, dtype.item_size)
+            values = backend.values(np.empty(row.count, dtype.bits))
+            backend.gather(table, values)
+            slopes = _values(backend.read(values, dtype.bits), dtype.name)
+            self.slopes[entries] += (slopes * (_wide(new) - _wide(old))).float()
+
+    def choose(self, chosen: npt.NDArray[np.bool_]) -> Graft:
+        """The graft of some of the candidates.
+
+        Args:
+            chosen: bool `[count]`, true for at least one.
+        """
+        groups = {}
+        for kind, (dtype, group) in zip(self._kinds, self.graft.groups.items(), strict=True):
+            mine = chosen[kind.entries]
+            if mine.any():
+                groups[dtype] = Group(*(array[mine] for array in group))
+        rows, filled = [], dict.fromkeys(groups, 0)
+        begins = {part.row: part.entries for parts in self._parts.values() for part in parts}
+        for row in self.graft.rows:
+            count = int(np.count_nonzero(chosen[begins[row]]))
+            if count:
+                rows.append(row._replace(first=filled[row.dtype], count=count))
+                filled[row.dtype] += count
+        return Graft(rows, groups, self.graft.provenance, owned=True)
+
+
+def _values(bits: Bits, dtype: str) -> torch.Tensor:
+    """Writable bits as what they stand for."""
+    return torch.from_numpy(bits).view(DTYPES[dtype].torch)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """At least fp32."""
+    return values if values.dtype.itemsize >= 4 else values.float()
+
+
+def _trainable(row: Row, tensor: torch.Tensor) -> nn.Parameter:
+    """The row's parameter, if it has a gradient."""
+    found = None
+    if not isinstance(tensor, nn.Parameter):
+        found = "a buffer"
+    elif not DTYPES[row.dtype].has_arithmetic:
+        found = f"of dtype {row.dtype}"
+    elif not tensor.requires_grad:
+        found = "frozen (requires_grad is False)"
+    elif not tensor.is_leaf:
+        found = "computed from other tensors"
+    if found is not None:
+        raise ParameterError(
+            f"{row.name!r} is {found}, so the search has no gradient there: let it require one, or "
+            "choose a scope without it"
+        )
+    assert isinstance(tensor, nn.Parameter)
+    return tensor
+
+
+def _order(launch: Launch, count: int) -> npt.NDArray[np.int64] | None:
+    """Which of a dtype's entries a launch writes; None for all, as they are."""
+    if launch.origin is None and sum(row.count for row in launch.rows) == count:
+        return None
+    every = [np.arange(row.first, row.first + row.count) for row in launch.rows]
+    order = np.concatenate(every)
+    return order if launch.origin is None else order[launch.origin]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode: without dropout a gate's derivative is that of the model as served."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _only_required(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These require a gradient, the others do not, and gradients held by anyone are kept."""
+    chosen = set(chosen)
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    try:
+        for p in before:
+            p.grad = None
+            p.requires_grad_(p in chosen)
+        yield
+    finally:
+        for p, (flag, gradient) in before.items():
+            p.requires_grad_(flag)
+            p.grad = gradient

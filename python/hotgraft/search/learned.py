@@ -1,0 +1,184 @@
+"""The learned mask: gates whose sum is the budget at every step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hotgraft.batches import endless
+from hotgraft.errors import DataError, FormatError
+from hotgraft.files import replacing
+from hotgraft.search.candidates import Candidates
+from hotgraft.search.method import Search, Step, largest_affordable
+
+PROBES = 4
+"""Batches on which the loss of the base and that of all candidates are measured."""
+SMOOTH = 0.9
+"""Of the averages that the progress shows and the slopes are scaled with."""
+SAVE_EVERY = 25
+"""Steps between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Entropic mirror descent on the gates, over the polytope {0 <= g <= 1, sum g = budget}.
+
+    Each candidate has a score s, and its gate is g = sigmoid(s - t), with the threshold t that
+    makes the gates' sum the budget. A step reads one batch at the soft weights
+    base + g x change and does
+
+        s <- (1 - forget) s - rate x slope / scale,   slope = dL/dg,
+
+    where scale is the running root mean square of the candidates' slopes. The slope is taken with
+    respect to the gate and not to the score: the entropy of a gate is the mirror map, so no factor
+    sigmoid' stalls what is almost in or out, which is what makes the paper's step hard to tune; and
+    dividing by the scale makes it the same for every model and loss. Scores grow as evidence
+    gathers, so the gates harden by themselves. What is kept in the end are the `count` highest
+    scores.
+
+    The scores start from the magnitude base: s = prior x log |change|.
+
+    Memory beyond the model and a batch's activations: 56 bytes a candidate, and the dense gradient
+    of one tensor at a time. The pool is a hundred times the budget, as far as a quarter of the
+    base's memory goes, but at least twice the budget. Time: a training step's for each step, less
+    the optimiser's.
+
+    Args:
+        steps: one batch each.
+        rate, prior, forget: as above.
+    """
+
+    steps: int = 300
+    rate: float = 0.1
+    prior: float = 0.5
+    forget: float = 0.0
+    name: ClassVar[str] = "learned"
+
+    def pool(self, count: int, eligible: int, base_nbytes: int) -> int:
+        return largest_affordable(count, eligible, base_nbytes)
+
+    def rank(self, candidates: Candidates, search: Search) -> torch.Tensor:
+        run = _Run(self, candidates, search)
+        batches = endless(search.data, self.steps, seed=search.seed)
+        for batch in itertools.islice(batches, run.step, self.steps):
+            run.advance(batch)
+            last = run.step == self.steps
+            if search.checkpoint is not None and (last or run.step % SAVE_EVERY == 0):
+                run.save(search.checkpoint)
+        return run.scores
+
+
+class _Run:
+    """A search between two of its steps."""
+
+    def __init__(self, method: Learned, candidates: Candidates, search: Search) -> None:
+        self._method, self._candidates, self._search = method, candidates, search
+        self.step = 0
+        self._threshold = 0.0
+        self._square = 0.0  # running mean of the squared slopes
+        self._loss = 0.0  # running mean of the loss
+        self._ends: tuple[float, float] | None = None  # the loss of the base and of all candidates
+        if search.checkpoint is not None and Path(search.checkpoint).exists():
+            self._load(Path(search.checkpoint))
+            return
+        tiny = torch.finfo(torch.float32).tiny
+        self.scores = method.prior * candidates.changes().abs().clamp_(min=tiny).log_()
+        if not isinstance(search.data, Iterator):  # which could not be read again
+            self._ends = self._probe(0.0), self._probe(1.0)
+
+    def _probe(self, gate: float) -> float:
+        """The loss with all gates alike."""
+        self._candidates.write(torch.full((self._candidates.count,), gate))
+        batches = endless(self._search.data, PROBES, seed=self._search.seed)
+        loss = self._search.loss
+        return sum(
+            self._candidates.measure(loss, batch, f"batch {i} before the first step") / PROBES
+            for i, batch in enumerate(itertools.islice(batches, PROBES), 1)
+        )
+
+    def advance(self, batch: Any) -> None:
+        """One step."""
+        method, candidates, search = self._method, self._candidates, self._search
+        self.step += 1
+        gates = self._gates()
+        candidates.write(gates)
+        place = f"step {self.step} of {method.steps}"
+        loss = candidates.differentiate(search.loss, batch, place)
+        slopes = candidates.slopes
+        square = float(slopes.square().mean())
+        self._square += (1 - _weight(self.step)) * (square - self._square)
+        self._loss += (1 - _weight(self.step)) * (loss - self._loss)
+        if self._square > 0:
+            self.scores.mul_(1 - method.forget)
+            self.scores.sub_(slopes, alpha=method.rate / self._square**0.5)
+        search.progress(Step(self.step, method.steps, search.budget, self._loss, self._recovery()))
+
+    def _gates(self) -> torch.Tensor:
+        """sigmoid(scores - threshold), with the threshold that makes their sum the budget."""
+        count = self._search.budget
+        if count == len(self.scores):
+            return torch.ones_like(self.scores)
+        low, high = float(self.scores.min()) - 60, float(self.scores.max()) + 60
+        at = min(max(self._threshold, low), high)
+        for _ in range(60):  # Newton's steps, in a bracket that is halved where they leave it
+            gates = torch.sigmoid(self.scores - at)
+            surplus = float(gates.sum(dtype=torch.float64)) - count
+            if abs(surplus) < 1e-4 * count:
+                break
+            low, high = (at, high) if surplus > 0 else (low, at)
+            slope = float((gates * (1 - gates)).sum(dtype=torch.float64))
+            at = at + surplus / slope if slope > 0 else low
+            if not low < at < high:
+                at = (low + high) / 2
+        self._threshold = at
+        return gates
+
+    def _recovery(self) -> float | None:
+        if self._ends is None or self._ends[0] <= self._ends[1]:
+            return None
+        return (self._ends[0] - self._loss) / (self._ends[0] - self._ends[1])
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _identity(self) -> str:
+        """What a checkpoint must be of, to go on from it."""
+        search = self._search
+        method = {"name": self._method.name, **asdict(self._method)}
+        about = {"candidates": self._candidates.graft.id, "count": search.budget}
+        return json.dumps({**about, "seed": search.seed, "method": method}, sort_keys=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Raises `OSError` if the file cannot be written."""
+        numbers = [self.step, self._threshold, self._square, self._loss, *(self._ends or ())]
+        tensors = {"scores": self.scores, "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        with replacing(path) as file:
+            file.write(safetensors.torch.save(tensors, {"hotgraft.search": self._identity()}))
+
+    def _load(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = (file.metadata() or {}).get("hotgraft.search")
+                self.scores, numbers = file.get_tensor("scores"), file.get_tensor("numbers")
+        except SafetensorError as error:
+            raise FormatError(f"{path}: not a checkpoint of a search: {error}") from error
+        if found != self._identity():
+            raise DataError(
+                f"{path} is the checkpoint of another search: found {found}, wanted "
+                f"{self._identity()}; name another file, or remove this one to start anew"
+            )
+        step, self._threshold, self._square, self._loss, *ends = numbers.tolist()
+        self.step, self._ends = int(step), (ends[0], ends[1]) if ends else None
+
+
+def _weight(step: int) -> float:
+    """What an average keeps of its past: it is a plain mean at first."""
+    return min(SMOOTH, 1 - 1 / step)
