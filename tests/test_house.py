@@ -44,7 +44,7 @@ LAYERS = [
     {"ledger"},
     {"composer"},
     {"host"},
-    {"train", "tasks"},
+    {"search", "train", "tasks"},
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},
     {"arguments", "console"},
