@@ -298,6 +298,13 @@ def test_a_calibration_errors_interval_holds_its_value():
     assert found.ece15.value - found.ece15.low > 0.6 * (found.ece15.high - found.ece15.value)
 
 
+def test_a_calibration_error_is_at_most_one():
+    found = evaluate(1000 * told([True] + [False] * 9), torch.zeros(10, dtype=torch.int64))
+    assert found.ece10.value == pytest.approx(0.9)
+    assert found.ece10.low < 0.8  # which is reflected beyond 1
+    assert found.ece10.high == 1
+
+
 def test_a_seed_gives_the_same_interval_whatever_else_is_random():
     models, labels = simulated(300)
     found = evaluate(**models, labels=labels, resamples=100)
