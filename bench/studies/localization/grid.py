@@ -1,0 +1,98 @@
+"""What the study measures, in the order of its importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hotgraft.search import METHODS, Learned, Method, Panigrahi
+
+from bench.studies.localization.tasks import TASKS
+
+SEEDS = (0, 1, 2)
+DENSITIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Cell(NamedTuple):
+    """One fine-tuned model."""
+
+    task: str
+    arm: str
+    """How it was fine-tuned."""
+    seed: int
+
+
+class Mask(NamedTuple):
+    """One graft of a fine-tuned model."""
+
+    cell: Cell
+    method: str
+    """Of `hotgraft.localize`, or `shuffled`: learned, then moved about within each tensor."""
+    density: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much of everything."""
+
+    steps: int = 300
+    """Of fine-tuning."""
+    batch: int = 32
+    """Texts of a step, in fine-tuning and in searching."""
+    texts: int = 4000
+    """Of the test."""
+    ood_texts: int = 1000
+    """Of the test out of domain."""
+    score_steps: int = 64
+    learned_steps: int = 200
+    panigrahi_batches: int = 32
+    """The paper's full pass is 1,024 texts."""
+
+    def method(self, name: str) -> str | Method:
+        """A method with the recipe's numbers of steps; the other hyper-parameters are defaults."""
+        from hotgraft.search import FirstOrder, Fisher, Movement, Snip
+
+        scores = {score.name: score for score in (FirstOrder, Fisher, Snip, Movement)}
+        if name in scores:
+            return scores[name](steps=self.score_steps)
+        if name == Panigrahi.name:
+            return Panigrahi(batches=self.panigrahi_batches)
+        return Learned(steps=self.learned_steps) if name in (Learned.name, "shuffled") else name
+
+
+class Grid(NamedTuple):
+    """Cells, and what is done with each."""
+
+    cells: tuple[Cell, ...]
+    methods: tuple[str, ...]
+    densities: tuple[float, ...]
+
+    def masks(self) -> Iterator[Mask]:
+        """Cell by cell."""
+        for cell in self.cells:
+            for method in self.methods:
+                for density in self.densities:
+                    yield Mask(cell, method, density)
+
+
+def cells(tasks: tuple[str, ...], arm: str) -> tuple[Cell, ...]:
+    """One seed of all tasks after another, so that a run that ends early has seen them all."""
+    return tuple(Cell(task, arm, seed) for seed in SEEDS for task in tasks)
+
+
+CORE = Grid(
+    cells(("kind", "section"), "sgd"),
+    ("magnitude", "learned", "first_order", "random"),
+    (1e-3, 1e-4, 1e-2),
+)
+ARMS = ("sgd", "adamw", "adamw_l1")
+FULL = (
+    CORE,
+    CORE._replace(cells=cells(TASKS, "sgd")),
+    Grid(cells(TASKS, "sgd"), (*METHODS, "shuffled"), (1e-3, 1e-4, 1e-2)),
+    Grid(cells(TASKS[:4], "adamw_l1"), ("magnitude", "learned", "first_order"), DENSITIES),
+    Grid(cells(TASKS[:4], "adamw"), ("magnitude", "learned", "first_order"), DENSITIES),
+    Grid(cells(TASKS, "sgd"), (*METHODS, "shuffled"), DENSITIES),
+)
+"""One after another; what an earlier one measured is not measured again."""

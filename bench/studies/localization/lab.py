@@ -1,0 +1,199 @@
+"""One model, its tasks, and what is done with them: fine-tune, localize, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hotgraft
+import numpy as np
+import torch
+from hotgraft import train
+from hotgraft.demo.model import find_model, load_model
+from hotgraft.graft import Graft, Mask
+from hotgraft.tasks import Batch, Prototypes, Split
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bench.studies.localization import grid, tasks
+
+SCOPE = "encoder"
+MAX_TOKENS = 48
+"""The texts have 140 characters; few reach this."""
+ESTIMATES = ("accuracy", "f1", "nll", "brier", "ece10", "ece15", "rel", "agreement")
+
+
+class Lab:
+    """The base model and its tasks; fine-tuned weights and logits lie in a folder.
+
+    Args:
+        work: the folder. What is there already is not computed again.
+        recipe: how much of everything.
+
+    Weights are fp32, products are computed in bf16 (autocast), for base, fine-tuned and grafted
+    models alike.
+    """
+
+    def __init__(self, work: Path, recipe: grid.Recipe) -> None:
+        self.recipe = recipe
+        self._work = work
+        work.mkdir(parents=True, exist_ok=True)
+        self.model, self._tokenizer = load_model(find_model())
+        self.base_id = hotgraft.fingerprint(self.model)
+
+    @functools.cache  # noqa: B019 - there is one lab
+    def task(self, name: str) -> tasks.Task:
+        """A task, its tests cut to the recipe's numbers of texts."""
+        whole = tasks.load(name)
+        test, ood = whole.test.head(self.recipe.texts), whole.ood.head(self.recipe.ood_texts)
+        return tasks.Task(**{**vars(whole), "test": test, "ood": ood})
+
+    @functools.cache  # noqa: B019
+    def readout(self, name: str) -> Prototypes:
+        """A task's read-out, made by the base."""
+        return Prototypes.from_base(
+            self.model,
+            self._tokenizer,
+            self.task(name).names,
+            max_tokens=MAX_TOKENS,
+            autocast=torch.bfloat16,
+        )
+
+    def batches(self, name: str, count: int | None, seed: int) -> list[Batch]:
+        """Training batches in an order that the seed fixes; None for one round."""
+        split, size = self.task(name).train, self.recipe.batch
+        generator = torch.Generator().manual_seed(seed)
+        count = len(split.texts) // size if count is None else count
+        order: list[int] = []
+        while len(order) < count * size:
+            order += torch.randperm(len(split.texts), generator=generator).tolist()
+        chosen = (order[first : first + size] for first in range(0, count * size, size))
+        return [self.readout(name).batch(split, indices) for indices in chosen]
+
+    def finetuned(self, cell: grid.Cell) -> tuple[Path, float | None]:
+        """The fine-tuned weights' file, and the seconds that it took if it was made now."""
+        path = self._path(cell, "safetensors")
+        if path.exists():
+            return path, None
+        batches = self.batches(cell.task, self.recipe.steps, cell.seed)
+        with self._scratch():
+            optimizer = optimizer_of(cell.arm, self.model)
+            begin = time.perf_counter()
+            train.finetune(
+                self.model,
+                self.readout(cell.task).loss,
+                batches,
+                optimizer,
+                steps=self.recipe.steps,
+                seed=cell.seed,
+            )
+            seconds = time.perf_counter() - begin
+            weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        save_file(weights, path)
+        return path, seconds
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[None]:
+        """The model may be changed in here; it holds the base afterwards."""
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(before, strict=False)
+
+    def logits(self, cell: grid.Cell | None, task: str, which: str) -> Tensor:
+        """Those of a fine-tuned model, or of the base, on a test; kept in the folder."""
+        about = f"{which}-{self.recipe.texts}-{self.recipe.ood_texts}"
+        owner = cell or grid.Cell(task, "base", 0)
+        path = self._path(owner, f"{task}-{about}.logits")
+        if not path.exists():
+            if cell is None:
+                found = self.answer(task, which)
+            else:
+                with self._scratch():
+                    self.model.load_state_dict(load_file(self.finetuned(cell)[0]), strict=False)
+                    found = self.answer(task, which)
+            save_file({"logits": found}, path)
+        return load_file(path)["logits"]
+
+    def answer(self, task: str, which: str) -> Tensor:
+        """The logits of the model as it is, on a test of a task."""
+        return self.readout(task).logits(self.model, self.split(task, which))
+
+    def split(self, task: str, which: str) -> Split:
+        """`test` or `ood`."""
+        found: Split = getattr(self.task(task), which)
+        return found
+
+    def localize(self, mask: grid.Mask) -> tuple[Graft, float]:
+        """The graft, and the seconds that it took."""
+        cell = mask.cell
+        path, _ = self.finetuned(cell)
+        data = self.batches(cell.task, None, 1000 + cell.seed)
+        begin = time.perf_counter()
+        found = hotgraft.localize(
+            self.model,
+            path,
+            self.readout(cell.task).loss,
+            data,
+            density=mask.density,
+            scope=SCOPE,
+            method=self.recipe.method(mask.method),
+            seed=cell.seed,
+            base_id=self.base_id,
+        )
+        seconds = time.perf_counter() - begin
+        if mask.method == "shuffled":
+            found = Graft.from_mask(self.model, path, shuffled(found.mask, cell.seed))
+        return found, seconds
+
+    def grafted(self, graft: Graft, task: str, which: str) -> Tensor:
+        """The logits of the base with a graft, on a test of a task."""
+        host = hotgraft.attach(self.model)
+        try:
+            host.load(graft, name="graft")
+            with host.using("graft"):
+                return self.answer(task, which)
+        finally:
+            host.detach(force=True)
+
+    def scores(self, logits: Tensor, cell: grid.Cell, task: str, which: str) -> dict[str, Any]:
+        """What logits are worth, with intervals: `[value, low, high]` by the measure's name."""
+        found = hotgraft.evaluate(
+            logits,
+            self.split(task, which).labels,
+            base=self.logits(None, task, which),
+            finetuned=self.logits(cell, task, which),
+        )
+        scores = {name: list(getattr(found, name)) for name in ESTIMATES}
+        assert found.change is not None
+        scores["ece10_change"] = list(found.change.ece10)
+        scores["nll_change"] = list(found.change.nll)
+        scores["brier_change"] = list(found.change.brier)
+        return scores
+
+    def _path(self, cell: grid.Cell, ending: str) -> Path:
+        steps = self.recipe.steps if cell.arm != "base" else 0
+        return self._work / f"{cell.task}-{cell.arm}-{cell.seed}-{steps}.{ending}"
+
+
+def optimizer_of(arm: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of an arm, with the helpers' defaults."""
+    if arm == "sgd":
+        return train.sgd(model, scope=SCOPE)
+    return train.adamw(model, l1=0.3 if arm == "adamw_l1" else 0.0, scope=SCOPE)
+
+
+def shuffled(mask: Mask, seed: int) -> Mask:
+    """As many positions in each tensor, but others: what a mask's tensors alone are worth."""
+    generator = np.random.default_rng(seed)
+    moved = {}
+    for name in mask:
+        shape = mask.shape(name)
+        size = int(np.prod(shape))
+        moved[name] = (shape, generator.choice(size, len(mask[name]), replace=False))
+    return Mask(moved)
