@@ -198,7 +198,7 @@ def test_an_iterator_that_ends(hidden: bool) -> None:
             return self.batches
 
     model = factories.TinyModel().requires_grad_(False)
-    with pytest.raises(DataError, match="ended after 2 of 3 steps, which were taken"):
+    with pytest.raises(DataError, match="ended after 2 of 3 batches"):
         train.finetune(model, loss, Once() if hidden else iter(BATCHES), train.sgd(model), steps=3)
     assert not any(flags(model).values())
 
@@ -264,7 +264,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights() -> None:
     [
         (lambda value: value.expand(3), r"loss is \[3\]; wanted a tensor of one element"),
         (lambda value: value.item(), "loss is float; wanted"),
-        (lambda value: value.detach(), "depends on nothing that is trained"),
+        (lambda value: value.detach(), "depends on no weight that may change"),
     ],
 )
 def test_what_is_no_loss(make: Any, says: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ def endless(data: Iterable[Any], wanted: int, *, seed: int | None = None) -> Ite
         >>> list(itertools.islice(endless(["a", "b"], 3), 3))
         ['a', 'b', 'a']
     """
-    if not isinstance(data, Iterable):
+    # What a mapping or a text gives one by one are no batches.
+    if not isinstance(data, Iterable) or isinstance(data, Mapping | str | bytes):
         raise DataError(
             f"data is a {type(data).__name__}; wanted batches: a list, a DataLoader, ..."
         )
@@ -61,15 +62,17 @@ def _shuffled(data: Iterable[Any], seed: int | None, round_: int) -> Iterable[An
     return (data[i] for i in torch.randperm(len(data), generator=generator).tolist())
 
 
-def scalar(value: object, place: str) -> float:
-    """A loss as a number, if it is one that can be differentiated.
+def scalar(value: object, place: str, *, differentiable: bool = True) -> float:
+    """A loss as a number.
 
     Args:
         value: what the loss returned.
         place: where it did, for the message: "step 3 of 100".
+        differentiable: whether its gradient will be asked for.
 
     Raises:
-        DataError: it is not a tensor of one element that depends on a parameter.
+        DataError: it is not a tensor of one element or, where that is wanted, does not depend on a
+            parameter.
         NonFiniteError: it is a NaN or infinity.
 
     Example:
@@ -79,12 +82,17 @@ def scalar(value: object, place: str) -> float:
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"the loss is {found}; wanted a tensor of one element: take its mean")
-    if torch.is_grad_enabled() and not value.requires_grad:
+    if value.is_complex():
+        raise DataError(f"the loss is of {value.dtype}; wanted a real number")
+    if differentiable and not value.requires_grad:
         raise DataError(
-            "the loss depends on no weight that may change: does it run the model it is given, "
-            "outside torch.no_grad()?"
+            f"the loss at {place} depends on no weight that may change: does it run the model it "
+            "is given, outside torch.no_grad()?"
         )
     number = float(value.detach())
     if not math.isfinite(number):
-        raise NonFiniteError(f"the loss of {place} is {number}: look at its batch and its scale")
+        raise NonFiniteError(
+            f"the loss is {number} at {place}: look at its batch and its scale or, where weights "
+            "are trained, take a smaller learning rate"
+        )
     return number

@@ -172,7 +172,7 @@ class Candidates:
             DataError, NonFiniteError: it is not a finite scalar.
         """
         with torch.no_grad():
-            return scalar(loss(self._model, batch), place)
+            return scalar(loss(self._model, batch), place, differentiable=False)
 
     def differentiate(self, loss: Loss, batch: Any, place: str) -> float:
         """The loss on a batch; `slopes` holds its derivatives then.

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hotgraft.batches import Loss, endless, scalar
 from hotgraft.errors import DataError, NonFiniteError
 from hotgraft.train import parameters
 
-Loss = Callable[[Any, Any], torch.Tensor]
-"""Called with the model and a batch; gives a scalar."""
 Progress = Callable[[int, int, float], None]
 """Called after each step with the steps done, the steps in all, and the loss."""
 
@@ -69,12 +68,12 @@ def finetune(
     if steps < 1:
         raise DataError(f"steps {steps}: wanted at least 1")
     parameters.require_common(optimizer, model)
-    batches = _endless(data, steps)
+    batches = endless(data, steps)
     losses: list[float] = []
     with _only_trained(model, optimizer), _seeded(model, seed):
         for step in range(1, steps + 1):
             value = loss(model, next(batches))
-            losses.append(_checked(value, step, steps))
+            losses.append(scalar(value, f"step {step} of {steps}"))
             optimizer.zero_grad()
             torch.autograd.backward(value)
             _check_gradient(optimizer, step, steps)
@@ -82,31 +81,6 @@ def finetune(
             if progress is not None:
                 progress(step, steps, losses[-1])
     return losses
-
-
-def _endless(data: Iterable[Any], steps: int) -> Iterator[Any]:
-    """Batches, from the start again when they end."""
-    if not isinstance(data, Iterable):
-        raise DataError(
-            f"data is a {type(data).__name__}; wanted batches: a list, a DataLoader, ..."
-        )
-    return _rounds(data, steps)
-
-
-def _rounds(data: Iterable[Any], steps: int) -> Iterator[Any]:
-    taken = 0
-    while True:
-        before = taken
-        for batch in data:
-            taken += 1
-            yield batch
-        if taken == 0:
-            raise DataError("data has no batch")
-        if isinstance(data, Iterator) or taken == before:
-            raise DataError(
-                f"data ended after {taken} of {steps} steps, which were taken, and cannot be read "
-                "again: give what can (a list, a DataLoader), or fewer steps"
-            )
 
 
 @contextlib.contextmanager
@@ -141,25 +115,6 @@ def _seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
         for number in numbers:
             torch.cuda.default_generators[number].manual_seed(seed)
         yield
-
-
-def _checked(value: torch.Tensor, step: int, steps: int) -> float:
-    """The loss as a number."""
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise DataError(f"the loss is {found}; wanted a tensor of one element: take its mean")
-    number = value.item()
-    if not torch.isfinite(value).all():
-        raise NonFiniteError(
-            f"the loss is {number} at step {step} of {steps}: that step was not taken; use a "
-            "smaller learning rate, or look at the batch"
-        )
-    if not value.requires_grad:
-        raise DataError(
-            "the loss depends on nothing that is trained (detached, under no_grad, or the scope "
-            "holds none of what it uses)"
-        )
-    return float(number)
 
 
 def _check_gradient(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
