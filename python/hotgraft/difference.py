@@ -107,7 +107,7 @@ def diff(
     """
     with open_weights(base) as left, open_weights(finetuned) as right:
         label, names = in_scope(left.specs, scope)
-        _check_same(left, right, names, label)
+        check_same(left, right, names, label)
         eligible = sum(prod(left.specs[name].shape) for name in names)
         k = entries_wanted(density, count, eligible, label)
         runner = kernels.resolve(backend)
@@ -153,7 +153,7 @@ def from_mask(base: Weights, finetuned: Weights, mask: Mask) -> Graft:
         missing = set(names) - set(left.known)
         if missing:
             raise CoverageError(f"the base lacks {sample(missing)}, which the mask names")
-        _check_same(left, right, names, "mask")
+        check_same(left, right, names, "mask")
         for name in names:
             if mask.shape(name) != left.known[name].shape:
                 raise BaseMismatchError(
@@ -232,7 +232,7 @@ class _Parts:
         return Graft(self.rows, self._groups, provenance, owned=True)
 
 
-def _check_same(left: Checkpoint, right: Checkpoint, names: list[str], label: str) -> None:
+def check_same(left: Checkpoint, right: Checkpoint, names: list[str], label: str) -> None:
     missing = set(names) - set(right.known)
     if missing:
         raise CoverageError(

@@ -19,19 +19,19 @@ from torch import nn
 
 from hotgraft import kernels
 from hotgraft.batches import Loss, scalar
-from hotgraft.errors import NonFiniteError, ParameterError
+from hotgraft.errors import DataError, HostChangedError, NonFiniteError, ParameterError
 from hotgraft.format import DTYPES, Bits, Group, Row, dtype_of
 from hotgraft.graft import Graft, bit_view
 from hotgraft.kernels import Backend
 from hotgraft.placement import compile_plan, find_slots, fit, resolve_backends
 from hotgraft.placement.plain import Launch
+from hotgraft.placement.slots import Slot
 
 
 class _Part(NamedTuple):
     """The candidates of one row: of a tensor, within a block."""
 
     row: Row
-    parameter: nn.Parameter
     entries: slice
     """Of the candidates' vectors."""
     old: torch.Tensor
@@ -70,6 +70,7 @@ class Candidates:
         BaseMismatchError, CoverageError: the graft is not one for this model.
         ParameterError: a candidate is in something that has no gradient: a frozen parameter, a
             buffer, an integer tensor; or in a tensor that cannot be written.
+        NonFiniteError: a change is infinite, or not a number.
 
     Example:
         >>> import hotgraft
@@ -87,15 +88,19 @@ class Candidates:
     def __init__(self, model: nn.Module, graft: Graft) -> None:
         slots = find_slots(model)
         fitted = fit(graft, slots, model, kernels.resolve(), allow_nonfinite=True)
-        if fitted.rows != graft.rows:
-            raise ParameterError(
-                "two tensors of the model share memory as different views, so one gate would move "
-                "both: choose a scope without them"
-            )
+        for slot in (slots[name] for name in fitted.names):
+            if len(slot.views) > 1:
+                first, second = sorted(view.name for view in slot.views)[:2]
+                raise ParameterError(
+                    f"{first!r} and {second!r} share memory as different views, so one gate would "
+                    "move both: choose a scope without them"
+                )
         self.graft = graft
         self.slopes = torch.zeros(graft.nnz)
         self._model = model
         self._kinds: list[_Kind] = []
+        self._watches = []  # they hold the memory that is written
+        self._arrived = False  # whether the last loss had a gradient for any candidate
         self._parts: dict[nn.Parameter, list[_Part]] = {}
         backends = resolve_backends({name: slots[name] for name in graft.names}, None, None)
         filled = 0
@@ -103,16 +108,29 @@ class Candidates:
             rows = [row for row in graft.rows if row.dtype == dtype]
             old, new = (_values(np.array(array), dtype) for array in (group.old, group.new))
             for row in rows:
-                parameter = _trainable(row, slots[row.name].tensor)
                 mine = slice(row.first, row.first + row.count)
                 entries = slice(filled + mine.start, filled + mine.stop)
-                part = _Part(row, parameter, entries, old[mine], new[mine])
-                self._parts.setdefault(parameter, []).append(part)
+                part = _Part(row, entries, old[mine], new[mine])
+                self._check_changes(part)
+                for parameter in _trainable(slots[row.name]):
+                    self._parts.setdefault(parameter, []).append(part)
             same = Graft(rows, {dtype: group}, graft.provenance, checked=True)
-            launches = compile_plan(same, slots, backends).launches
-            writes = (_Write(backends[at.device], at, _order(at, len(old))) for at in launches)
+            plan = compile_plan(same, slots, backends)
+            self._watches.append(plan.watch)
+            writes = (_Write(backends[at.device], at, _order(at, len(old))) for at in plan.launches)
             entries = slice(filled, filled := filled + len(old))
             self._kinds.append(_Kind(entries, old, new, tuple(writes)))
+
+    def _check_changes(self, part: _Part) -> None:
+        wrong = torch.isfinite(_change(part).float()).logical_not_().nonzero()
+        if len(wrong):
+            row, at = part.row, int(wrong[0])
+            position = row.block + int(self.graft.arrays(row).positions[at])
+            raise NonFiniteError(
+                f"{row.name!r}, position {position}: the change from {part.old[at].item():g} to "
+                f"{part.new[at].item():g} is not finite in fp32, so there is nothing between: mend "
+                "the checkpoint, or choose a scope without it"
+            )
 
     @property
     def count(self) -> int:
@@ -121,7 +139,7 @@ class Candidates:
 
     def changes(self) -> torch.Tensor:
         """fp32 `[count]`: fine-tuned minus base."""
-        return torch.cat([(_wide(k.new) - _wide(k.old)).float() for k in self._kinds])
+        return torch.cat([_change(kind).float() for kind in self._kinds])
 
     def __enter__(self) -> Candidates:
         with contextlib.ExitStack() as stack:
@@ -141,11 +159,15 @@ class Candidates:
     def write(self, gates: torch.Tensor) -> None:
         """Set every candidate to base + gate x change, rounded once to its type.
 
-        A gate of 0 writes the base's bits, a gate of 1 the fine-tuned ones.
+        A gate of 0 writes the base's value, a gate of 1 the fine-tuned one, exactly.
 
         Args:
             gates: fp32 `[count]`, in 0 .. 1.
+
+        Raises:
+            HostChangedError: the model's weights were moved or replaced meanwhile.
         """
+        self._check_in_place()
         for kind in self._kinds:
             old, new = _wide(kind.old), _wide(kind.new)
             # lerp is exact at both ends.
@@ -161,6 +183,18 @@ class Candidates:
             for backend, launch, _ in kind.writes:
                 backend.scatter(launch.table, launch.old)
         torch.clear_autocast_cache()
+        self._check_in_place()
+
+    def _check_in_place(self) -> None:
+        try:
+            for watch in self._watches:
+                watch.check_in_place()
+        except HostChangedError as error:
+            raise HostChangedError(
+                "during the search a weight was moved or replaced (model.to(...), .data = ... in "
+                "the loss?), so the model does not hold the base any more: load it again, and move "
+                "it before the search"
+            ) from error
 
     def measure(self, loss: Loss, batch: Any, place: str) -> float:
         """The loss on a batch.
@@ -182,13 +216,21 @@ class Candidates:
             NonFiniteError: the loss or a derivative is a NaN or infinity.
         """
         self.slopes.zero_()
+        self._arrived = False
+        torch.clear_autocast_cache()  # what it keeps from under no_grad has no gradient
         with torch.enable_grad():
             value = loss(self._model, batch)
             number = scalar(value, place)
             torch.autograd.backward(value)
+        if not self._arrived:
+            raise DataError(
+                f"the loss at {place} depends on no tensor with candidates: does it run the model "
+                "it is given, and does the scope hold what it uses?"
+            )
         if not torch.isfinite(self.slopes).all():
             raise NonFiniteError(
-                f"the gradient of {place} has a NaN or infinity, where the loss is {number:g}"
+                f"the gradient at {place} has a NaN or infinity, where the loss is {number:g}: "
+                "look at the loss function at this batch, and at its scale if the model is in fp16"
             )
         return number
 
@@ -197,17 +239,19 @@ class Candidates:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         assert isinstance(parameter, nn.Parameter)
+        self._arrived = True
         flat = gradient.to_dense().contiguous().view(-1)
         dtype = dtype_of(flat.dtype, "a gradient")
         backend = kernels.resolve(None, flat.device)
-        for row, _, entries, old, new in self._parts[parameter]:
+        for part in self._parts[parameter]:
+            row = part.row
             address = flat.data_ptr() + row.block * dtype.item_size
             segment = np.array([[address, 0, row.count]], np.int64)
             table = backend.table(segment, self.graft.arrays(row).positions, dtype.item_size)
             values = backend.values(np.empty(row.count, dtype.bits))
             backend.gather(table, values)
             slopes = _values(backend.read(values, dtype.bits), dtype.name)
-            self.slopes[entries] += (slopes * (_wide(new) - _wide(old))).float()
+            self.slopes[part.entries] += (slopes * _change(part)).float()
 
     def choose(self, chosen: npt.NDArray[np.bool_]) -> Graft:
         """The graft of some of the candidates.
@@ -240,24 +284,32 @@ def _wide(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype.itemsize >= 4 else values.float()
 
 
-def _trainable(row: Row, tensor: torch.Tensor) -> nn.Parameter:
-    """The row's parameter, if it has a gradient."""
-    found = None
-    if not isinstance(tensor, nn.Parameter):
-        found = "a buffer"
-    elif not DTYPES[row.dtype].has_arithmetic:
-        found = f"of dtype {row.dtype}"
-    elif not tensor.requires_grad:
-        found = "frozen (requires_grad is False)"
-    elif not tensor.is_leaf:
-        found = "computed from other tensors"
-    if found is not None:
-        raise ParameterError(
-            f"{row.name!r} is {found}, so the search has no gradient there: let it require one, or "
-            "choose a scope without it"
-        )
-    assert isinstance(tensor, nn.Parameter)
-    return tensor
+def _change(part: _Part | _Kind) -> torch.Tensor:
+    """Fine-tuned minus base, in at least fp32."""
+    return _wide(part.new) - _wide(part.old)
+
+
+def _trainable(slot: Slot) -> list[nn.Parameter]:
+    """The parameters on a slot's memory (several may be tied), if all have gradients."""
+    parameters = []
+    for tensor in {id(place.tensor): place.tensor for place in slot.places}.values():
+        found = None
+        if not isinstance(tensor, nn.Parameter):
+            found = "a buffer"
+        elif not slot.dtype.has_arithmetic:
+            found = f"of dtype {slot.dtype.name}"
+        elif not tensor.requires_grad:
+            found = "frozen (requires_grad is False)"
+        elif not tensor.is_leaf:
+            found = "computed from other tensors"
+        if found is not None:
+            raise ParameterError(
+                f"{slot.name!r} is {found}, so the search has no gradient there: let it require "
+                "one, or choose a scope without it"
+            )
+        assert isinstance(tensor, nn.Parameter)
+        parameters.append(tensor)
+    return parameters
 
 
 def _order(launch: Launch, count: int) -> npt.NDArray[np.int64] | None:
@@ -273,8 +325,8 @@ def _order(launch: Launch, count: int) -> npt.NDArray[np.int64] | None:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode: without dropout a gate's derivative is that of the model as served."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, mode in modes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -11,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from hotgraft.batches import Loss
-from hotgraft.difference import diff, entries_wanted
+from hotgraft.difference import check_same, diff, entries_wanted
 from hotgraft.errors import DataError
 from hotgraft.format import Provenance
 from hotgraft.graft import Graft, Mask
@@ -98,6 +99,10 @@ def localize(
     """
     search = _method(method)
     name = search if isinstance(search, str) else search.name
+    if operator.index(seed) < 0:
+        raise DataError(f"seed {seed}: wanted at least 0")
+    if checkpoint is not None and not _keeps_checkpoints(search):
+        raise DataError(f"method {name!r} takes no checkpoint: it is done in one go")
     density = DENSITY if density is None and count is None else density
     with open_weights(base) as opened:
         label, names = in_scope(opened.specs, scope)
@@ -105,15 +110,15 @@ def localize(
     eligible = sum(map(prod, shapes.values()))
     k = entries_wanted(density, count, eligible, label)
     assert k is not None
-    if isinstance(search, str) and checkpoint is not None:
-        raise DataError(f"method {search!r} takes no checkpoint: it is done in one go")
     if search == "random":
-        found = Graft.from_mask(base, finetuned, _random(shapes, k, seed))
+        with open_weights(base) as left, open_weights(finetuned) as right:
+            check_same(left, right, names, label)
+        found = Graft.from_mask(base, finetuned, _random(shapes, k, operator.index(seed)))
     elif isinstance(search, str):
         found = diff(base, finetuned, count=k, scope=scope)
     else:
         model = _live(base, name)
-        asked = _asked(loss, data, k, seed, checkpoint, progress, name)
+        asked = _asked(loss, data, k, operator.index(seed), checkpoint, progress, name)
         pool = search.pool(k, eligible, sum(p.nbytes for p in model.parameters()))
         graft = diff(model, finetuned, count=pool, scope=scope)
         with Candidates(model, graft) as candidates:
@@ -132,11 +137,21 @@ def _method(method: str | Method) -> str | Method:
     Raises:
         DataError: there is no such method.
     """
-    if not isinstance(method, str):
-        return method
-    if method not in METHODS:
-        raise DataError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    return _SEARCHES[method]() if method in _SEARCHES else method
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise DataError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+        return _SEARCHES[method]() if method in _SEARCHES else method
+    if isinstance(method, type) or not hasattr(method, "rank"):
+        raise DataError(
+            f"method is {method!r}; wanted a name ({', '.join(METHODS)}), or a method with its "
+            "hyper-parameters, such as Learned(steps=600)"
+        )
+    return method
+
+
+def _keeps_checkpoints(search: str | Method) -> bool:
+    one_go = tuple(kind for kind in _SEARCHES.values() if kind is not Learned)
+    return not isinstance(search, (str, *one_go))
 
 
 def _live(base: Weights, name: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 
 from hotgraft.batches import Loss
+from hotgraft.errors import DataError
 from hotgraft.search.candidates import Candidates
 
 
@@ -63,6 +65,13 @@ class Method(Protocol):
             DataError, NonFiniteError: the data or the loss cannot be used.
         """
         ...
+
+
+def require_positive(**counts: int) -> None:
+    """Raises `DataError`, naming it, for a hyper-parameter that must be at least 1."""
+    for name, count in counts.items():
+        if operator.index(count) < 1:
+            raise DataError(f"{name} {count}: wanted at least 1")
 
 
 PER_CANDIDATE = 56

@@ -10,7 +10,7 @@ import torch
 from hotgraft.batches import endless
 from hotgraft.search.candidates import Candidates
 from hotgraft.search.choice import largest
-from hotgraft.search.method import Search, Step
+from hotgraft.search.method import Search, Step, require_positive
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Panigrahi:
     bias: float = 10.0
     batches: int = 128
     name: ClassVar[str] = "panigrahi"
+
+    def __post_init__(self) -> None:
+        require_positive(steps=self.steps, batches=self.batches)
 
     def pool(self, count: int, eligible: int, base_nbytes: int) -> int:  # noqa: ARG002 - a Method
         return eligible

@@ -9,7 +9,7 @@ import torch
 
 from hotgraft.batches import endless
 from hotgraft.search.candidates import Candidates
-from hotgraft.search.method import Search, Step, largest_affordable
+from hotgraft.search.method import Search, Step, largest_affordable, require_positive
 
 Slopes = torch.Tensor
 """fp32 `[count]`: of a batch's loss with respect to the gates, (dL/dtheta)(finetuned - base)."""
@@ -26,6 +26,9 @@ class _Score:
     steps: int = 64
     name: ClassVar[str]
     points: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        require_positive(steps=self.steps)
 
     def summand(self, slopes: Slopes) -> torch.Tensor:
         """What a batch adds."""
