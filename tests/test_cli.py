@@ -316,6 +316,28 @@ def test_overlap_shows_three_tables() -> None:
     assert "at least two" in run("overlap", "all.graft.safetensors", status=2)
 
 
+def test_overlap_shows_what_chance_would_share() -> None:
+    def save(name: str, *where: int) -> str:
+        ones = torch.ones(len(where))
+        entries = {"w": Entries(torch.tensor(where), ones, 0 * ones, (2, 4))}
+        provenance = hotgraft.Provenance(scope="linear", eligible=8)
+        hotgraft.Graft.from_entries(entries, provenance=provenance).save(name)
+        return name
+
+    grafts = [save("a.graft.safetensors", 0, 1), save("b.graft.safetensors", *range(8))]
+    found = run_json("overlap", *grafts)
+    assert found["eligible"] == 8
+    assert found["chance"] == [[0.5, 2.0], [2.0, 8.0]]
+    assert found["similarity"] == [[1.0, None], [None, None]]  # what has everything tells nothing
+    said = run("overlap", *grafts)
+    assert "in both by chance" in said
+    assert "phi: 0 at chance" in said
+
+    found = run_json("overlap", "a.graft.safetensors", "few.graft.safetensors")
+    assert (found["eligible"], found["chance"], found["similarity"]) == (None, None, None)
+    assert "no common scope" in run("overlap", "a.graft.safetensors", "few.graft.safetensors")
+
+
 def test_grafts_of_one_file_name_are_told_apart() -> None:
     Path("elsewhere").mkdir()
     shutil.copy("few.graft.safetensors", "elsewhere")

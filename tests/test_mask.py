@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from factories import graft_on, state
-from hotgraft import Mask, overlap
+from hotgraft import Entries, Graft, Mask, Provenance, overlap
 from hotgraft.errors import GraftError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +64,104 @@ def test_overlap_takes_grafts_and_masks():
     assert found.counts.tolist() == [[graft.nnz, 1], [1, 1]]
     assert found.share.tolist() == [[1.0, 1.0], [1 / graft.nnz, 1.0]]
     assert overlap([]).counts.shape == (0, 0)
+
+
+@given(masks(), masks(), masks(), st.integers(0, 5))
+def test_overlap_by_chance_is_that_of_membership(a, b, c, more):
+    """Against the correlation of zeros and ones over every position."""
+    every = [a, b, c]
+    places = [(name, i) for name, shape in SHAPES.items() for i in range(int(np.prod(shape)))]
+    belongs = [[place in pairs_of(m) for place in places] + [False] * more for m in every]
+    n = len(places) + more
+    found = overlap(every, eligible=n)
+    assert found.eligible == n
+    for i, left in enumerate(every):
+        for j, right in enumerate(every):
+            assert found.chance[i, j] == left.nnz * right.nnz / n
+            if {left.nnz, right.nnz} & {0, n}:
+                assert np.isnan(found.similarity[i, j])
+                continue
+            wanted = np.corrcoef(belongs[i], belongs[j])[0, 1]
+            assert found.similarity[i, j] == pytest.approx(wanted, abs=1e-9)
+            assert (found.similarity[i, j] == 1) == (left == right)
+
+
+def test_similarity_of_masks_in_a_large_model():
+    """Where a product of sizes leaves 64 bits, and a difference of shares would cancel."""
+    n, k = 10**12, 10**5
+    one = Mask({"w": ((n,), np.arange(k))})
+    other = Mask({"w": ((n,), np.arange(k // 2, k + k // 2))})
+    found = overlap([one, other], eligible=n)
+    assert found.chance[0, 1] == 0.01
+    assert found.similarity[0, 0] == 1
+    assert found.similarity[0, 1] == pytest.approx((0.5 - k / n) / (1 - k / n), rel=1e-12)
+    far = Mask({"w": ((n,), np.arange(k) + n // 2)})
+    assert overlap([one, far], eligible=n).similarity[0, 1] == pytest.approx(-1e-7, rel=1e-5)
+
+
+def graft_of(where, scope="encoder", eligible=40):
+    ones = torch.ones(len(where))
+    entries = {"w": Entries(torch.tensor(where), ones, 0 * ones, (9,))}
+    return Graft.from_entries(entries, provenance=Provenance(scope=scope, eligible=eligible))
+
+
+def test_grafts_tell_what_was_eligible():
+    found = overlap([graft_of([0, 1]), graft_of([1, 2, 3, 4])])
+    assert found.eligible == 40
+    assert found.chance.tolist() == [[0.1, 0.2], [0.2, 0.4]]
+    assert overlap([graft_of([0]), graft_of([1])], eligible=10).eligible == 10
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        [],
+        [graft_of([0]), graft_of([0], scope="linear")],
+        [graft_of([0]), graft_of([0], eligible=41)],
+        [graft_of([0]), graft_of([0]).mask],
+        [graft_of([0]), Mask({})],
+        [graft_of([0], scope="covered"), graft_of([0], scope="covered")],
+    ],
+    ids=["none", "scopes", "numbers", "a mask", "an empty mask", "covered"],
+)
+def test_chance_is_not_known(every):
+    found = overlap(every)
+    assert (found.eligible, found.chance, found.similarity) == (None, None, None)
+
+
+def test_overlap_of_nothing_is_nothing():
+    none = overlap([], eligible=9)
+    assert none.chance.shape == none.similarity.shape == (0, 0)
+    empty = overlap([Mask({}), Mask({"w": ((9,), [1])})], eligible=9)
+    assert empty.chance.tolist() == [[0, 0], [0, 1 / 9]]
+    assert np.isnan(empty.similarity).tolist() == [[True, True], [True, False]]
+    nowhere = overlap([Mask({})], eligible=0)
+    assert nowhere.chance.tolist() == [[0]]
+    assert np.isnan(nowhere.similarity).all()
+
+
+@pytest.mark.parametrize(
+    ("every", "eligible", "message"),
+    [
+        (
+            [Mask({"w": ((9,), [0, 1])}), Mask({"w": ((9,), [1, 2])})],
+            2,
+            "eligible is 2, and the masks cover 3 positions",
+        ),
+        (
+            [graft_of([0, 1], eligible=2), graft_of([1, 2], eligible=2)],
+            None,
+            "eligible (scope 'encoder', as the grafts state) is 2, and the masks cover 3",
+        ),
+        ([], -1, "eligible -1 is not a number of positions"),
+        ([], 9.0, "eligible 9.0 is not a number of positions"),
+        ([], True, "eligible True is not a number of positions"),
+        ([], "9", "eligible '9' is not a number of positions"),
+    ],
+)
+def test_eligible_that_cannot_be(every, eligible, message):
+    with pytest.raises(GraftError, match=re.escape(message)):
+        overlap(every, eligible=eligible)
 
 
 @pytest.mark.parametrize(

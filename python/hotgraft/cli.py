@@ -6,7 +6,7 @@ What takes long to import is imported by the command that needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -377,21 +377,27 @@ def overlap_command(grafts: GraftPaths, as_json: Json = False) -> None:
 
         names = _labels(grafts)
         found = overlap(_load(grafts))
-        output.result(
-            {
-                "grafts": names,
-                "counts": found.counts.tolist(),
-                "jaccard": found.jaccard.tolist(),
-                "share": found.share.tolist(),
-            }
-        )
-        for title, matrix, shown in (
-            ("entries in both", found.counts.tolist(), number),
-            ("in both / in either (Jaccard)", found.jaccard.tolist(), percent),
-            ("the column's share that lies in the row", found.share.tolist(), percent),
-        ):
-            rows = [[name, *map(shown, values)] for name, values in zip(names, matrix, strict=True)]
-            output.table(["", *names], rows, title=title)
+        tables: list[tuple[str, str, list[list[float]], Callable[[float], str]]] = [
+            ("counts", "entries in both", found.counts.tolist(), number),
+            ("jaccard", "in both / in either (Jaccard)", found.jaccard.tolist(), percent),
+            ("share", "the column's share that lies in the row", found.share.tolist(), percent),
+        ]
+        if found.chance is not None and found.similarity is not None:
+            chance, similarity = found.chance.tolist(), found.similarity.tolist()
+            tables += [
+                ("chance", "in both by chance", chance, "{:,.4g}".format),
+                ("similarity", "phi: 0 at chance, 1 for equal masks", similarity, "{:.3f}".format),
+            ]
+        value: dict[str, object] = {"grafts": names, "eligible": found.eligible}
+        value |= {"chance": None, "similarity": None}
+        for key, _, matrix, _ in tables:
+            value[key] = [[None if math.isnan(x) else x for x in row] for row in matrix]
+        output.result(value)
+        for _, title, matrix, shown in tables:
+            lines = [[name, *map(shown, row)] for name, row in zip(names, matrix, strict=True)]
+            output.table(["", *names], lines, title=title)
+        if found.eligible is None:
+            output.say("What chance would share is not known: the grafts state no common scope.")
 
 
 @app.command()

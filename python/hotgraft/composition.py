@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -280,29 +282,101 @@ class Overlap:
     """Entries in both over entries in either."""
     share: npt.NDArray[np.float64]
     """share[i, j]: the part of mask j that lies in mask i."""
+    eligible: int | None = None
+    """N: the positions that each mask was chosen from, where that is known."""
+    chance: npt.NDArray[np.float64] | None = None
+    """Entries in both that two masks of these sizes have on average if each is drawn at random,
+    s_i s_j / N; None where N is not known. The diagonal, too, is that of two independent masks."""
+    similarity: npt.NDArray[np.float64] | None = None
+    """The correlation (phi) of being in mask i and being in mask j over the N positions:
+    (N c - s_i s_j) / sqrt(s_i (N - s_i) s_j (N - s_j)) with c entries in both. 0 at chance, 1 for
+    equal masks and for no others, below 0 where masks avoid each other. NaN where a mask has none
+    of the positions, or all of them; None where N is not known."""
 
 
-def overlap(masks: Iterable[Graft | Mask]) -> Overlap:
-    """How much grafts (or masks) share, pair by pair.
+def overlap(masks: Iterable[Graft | Mask], *, eligible: int | None = None) -> Overlap:
+    """How much grafts (or masks) share, pair by pair, and how much of it chance would do.
+
+    Args:
+        masks: any number of them.
+        eligible: the positions that each was chosen from. Grafts that all state the same scope (and
+            not `covered`, which is another one for each) and the same number need no telling.
 
     Raises:
-        GraftError: a tensor has different shapes in two of them.
+        GraftError: a tensor has different shapes in two of them, or all of them together have more
+            entries than are eligible.
 
     Example:
         >>> a, b = Mask({"w": ((9,), [0, 1])}), Mask({"w": ((9,), [1, 2, 3, 4])})
         >>> overlap([a, b]).counts.tolist(), overlap([a, b]).share[0, 1].item()
         ([[2, 1], [1, 4]], 0.25)
+        >>> overlap([a, b], eligible=9).chance[0, 1].item()
+        0.8888888888888888
     """
-    every = [m.mask if isinstance(m, Graft) else m for m in masks]
+    given = list(masks)
+    every = [m.mask if isinstance(m, Graft) else m for m in given]
     counts = np.array([[(a & b).nnz for b in every] for a in every], np.int64)
     counts = counts.reshape(len(every), len(every))
     sizes = np.diagonal(counts)
     either = sizes[:, None] + sizes[None, :] - counts
-    return Overlap(
+    found = Overlap(
         counts,
         counts / np.maximum(either, 1),
         counts / np.maximum(sizes[None, :], 1),
     )
+    n = _eligible(given, every, eligible)
+    if n is None:
+        return found
+    size = sizes.tolist()
+    pairs = [
+        _by_chance(both, size[i], size[j], n)
+        for i, row in enumerate(counts.tolist())
+        for j, both in enumerate(row)
+    ]
+    chance, similarity = np.array(pairs, np.float64).reshape(-1, 2).T
+    return dataclasses.replace(
+        found,
+        eligible=n,
+        chance=chance.reshape(counts.shape),
+        similarity=similarity.reshape(counts.shape),
+    )
+
+
+def _by_chance(both: int, one: int, other: int, eligible: int) -> tuple[float, float]:
+    """The shared entries to expect, and phi, in whole numbers: they do not cancel or overflow."""
+    spread = one * (eligible - one) * other * (eligible - other)
+    excess = eligible * both - one * other
+    phi = excess / math.sqrt(spread) if spread else math.nan
+    return one * other / max(eligible, 1), max(-1.0, min(phi, 1.0)) if spread else phi
+
+
+def _eligible(
+    given: Sequence[Graft | Mask], masks: Sequence[Mask], eligible: int | None
+) -> int | None:
+    """The number as told, or as all grafts state it; None where they do not.
+
+    Raises:
+        GraftError: it is no number of positions, or fewer than the masks have.
+    """
+    told = "eligible"
+    if eligible is None:
+        scopes = {
+            (m.provenance.scope, m.provenance.eligible) if isinstance(m, Graft) else None
+            for m in given
+        }
+        stated = scopes.pop() if len(scopes) == 1 else None
+        if stated is None or stated[0] == "covered":
+            return None
+        told, eligible = f"eligible (scope {stated[0]!r}, as the grafts state)", stated[1]
+    elif isinstance(eligible, bool) or not isinstance(eligible, int | np.integer) or eligible < 0:
+        raise GraftError(f"eligible {eligible!r} is not a number of positions")
+    covered = functools.reduce(operator.or_, masks, Mask({})).nnz
+    if covered > eligible:
+        raise GraftError(
+            f"{told} is {eligible}, and the masks cover {covered} positions: give the size of what "
+            "all of them were chosen from"
+        )
+    return int(eligible)
 
 
 def rebase(graft: Graft, other_base: Weights, mode: str = "difference") -> Graft:
