@@ -44,8 +44,8 @@ class Recipe:
     """Of the test."""
     ood_texts: int = 1000
     """Of the test out of domain."""
-    score_steps: int = 64
-    learned_steps: int = 200
+    score_steps: int = 32
+    learned_steps: int = 150
     panigrahi_batches: int = 32
     """The paper's full pass is 1,024 texts."""
 

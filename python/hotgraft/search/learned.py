@@ -24,6 +24,8 @@ PROBES = 4
 """Batches on which the loss of the base and that of all candidates are measured."""
 SMOOTH = 0.9
 """Of the averages that the progress shows and the slopes are scaled with."""
+FALL = 0.8
+"""By which part the rate falls from the first step to the last."""
 SAVE_EVERY = 25
 """Steps between two checkpoints."""
 
@@ -36,9 +38,10 @@ class Learned:
     makes the gates' sum the budget. A step reads one batch at the soft weights
     base + g x change and does
 
-        s <- (1 - forget) s - rate x slope / scale,   slope = dL/dg,
+        s <- s - rate x slope / scale,   slope = dL/dg,
 
-    where scale is the running root mean square of the candidates' slopes. The slope is taken with
+    where scale is the running root mean square of the candidates' slopes and the rate falls
+    linearly to a fifth. The slope is taken with
     respect to the gate and not to the score: the entropy of a gate is the mirror map, so no factor
     sigmoid' stalls what is almost in or out, which is what makes the paper's step hard to tune; and
     dividing by the scale makes it the same for every model and loss. Scores grow as evidence
@@ -54,13 +57,12 @@ class Learned:
 
     Args:
         steps: one batch each.
-        rate, prior, forget: as above.
+        rate, prior: as above, the rate being that of the first step.
     """
 
     steps: int = 300
-    rate: float = 0.1
+    rate: float = 0.2
     prior: float = 0.5
-    forget: float = 0.0
     name: ClassVar[str] = "learned"
 
     def pool(self, count: int, eligible: int, base_nbytes: int) -> int:
@@ -118,8 +120,8 @@ class _Run:
         self._square += (1 - _weight(self.step)) * (square - self._square)
         self._loss += (1 - _weight(self.step)) * (loss - self._loss)
         if self._square > 0:
-            self.scores.mul_(1 - method.forget)
-            self.scores.sub_(slopes, alpha=method.rate / self._square**0.5)
+            rate = method.rate * (1 - FALL * (self.step - 1) / method.steps)
+            self.scores.sub_(slopes, alpha=rate / self._square**0.5)
         search.progress(Step(self.step, method.steps, search.budget, self._loss, self._recovery()))
 
     def _gates(self) -> torch.Tensor:
