@@ -5,7 +5,7 @@ A graft is a small, checkable, reversible patch to a model. `diff` finds one, `G
 them in and gives them back bit for bit, in time proportional to the patch.
 """
 
-from hotgraft import errors
+from hotgraft import errors, train
 from hotgraft.composition import Overlap, compose, overlap
 from hotgraft.difference import diff
 from hotgraft.evaluation import Estimate, Evaluation, evaluate
@@ -35,4 +35,5 @@ __all__ = [
     "fingerprint",
     "localize",
     "overlap",
+    "train",
 ]
