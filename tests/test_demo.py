@@ -20,25 +20,21 @@ from hotgraft.cli import app
 from hotgraft.console import Output
 from hotgraft.demo import model as demo_model
 from hotgraft.demo import run, skills, timing, train
-from hotgraft.demo.task import TASKS, Readout, Split, Task
+from hotgraft.demo.task import TASKS, Task
 from hotgraft.errors import HotgraftError
+from hotgraft.tasks import Prototypes, Split
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 WORDS = ["game", "font", "mail", "chess", "glyph", "letter", "play", "type", "send", "a"]
 
 
-class Batch(dict[str, torch.Tensor]):
-    def to(self, _device: object) -> Batch:
-        return self
-
-
-def tokenizer(texts: list[str], **_: object) -> Batch:
+def tokenizer(texts: list[str], **_: object) -> dict[str, torch.Tensor]:
     """Words as numbers, padded with 0."""
     ids = [[1 + WORDS.index(word) for word in text.split()] for text in texts]
     width = max(map(len, ids))
     padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-    return Batch(input_ids=padded, attention_mask=(padded > 0).long())
+    return {"input_ids": padded, "attention_mask": (padded > 0).long()}
 
 
 class TinyEncoder(torch.nn.Module):
@@ -179,7 +175,7 @@ def test_by_hand_puts_back_what_was_there() -> None:
 
 def test_answers_are_kept_text_by_text() -> None:
     task = tiny_task("section")
-    readout = Readout.from_base(TinyEncoder(), tokenizer, task)
+    readout = Prototypes.from_base(TinyEncoder(), tokenizer, task.names)
     answers = skills.correct(TinyEncoder(), readout, task.test)
     assert re.fullmatch("[01]{60}", answers)
     assert skills.share(answers, 1000) == answers.count("1") / 60

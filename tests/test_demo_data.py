@@ -10,9 +10,10 @@ import pytest
 import torch
 from hotgraft.demo import archive, corpus
 from hotgraft.demo.model import SHA256, WEIGHTS, check_model, find_model
-from hotgraft.demo.task import TASKS, Readout, Split, Task, accuracy, embed, load_task, predict
+from hotgraft.demo.task import TASKS, Task, load_task
 from hotgraft.demo.train import finetune
 from hotgraft.errors import BaseMismatchError, ModelNotFoundError
+from hotgraft.tasks import Prototypes, Split, accuracy
 from torch import Tensor, nn
 
 DATA = Path(corpus.__file__).parent / "data"
@@ -219,16 +220,11 @@ def test_an_unknown_task_is_refused() -> None:
 # ---- the read-out and the training, on a toy encoder ---------------------------------------------
 
 
-class Batch(dict[str, Tensor]):
-    def to(self, device: torch.device) -> Batch:
-        return Batch({key: value.to(device) for key, value in self.items()})
-
-
-def toy_tokenizer(texts: list[str], **_: object) -> Batch:
+def toy_tokenizer(texts: list[str], **_: object) -> dict[str, Tensor]:
     """A token for each letter a .. z, padded with 0."""
     rows = [torch.tensor([ord(c) - 96 for c in text if "a" <= c <= "z"][:64]) for text in texts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return Batch(input_ids=ids, attention_mask=(ids > 0).long())
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
 class Output:
@@ -254,27 +250,12 @@ def toy_task() -> Task:
     return Task("toy", "?", ("b", "c", "a"), ("x", "y", "z"), split, split)
 
 
-def test_embeddings_ignore_padding_and_have_length_one() -> None:
-    model = ToyEncoder()
-    alone = embed(model, toy_tokenizer, ["ab"])
-    padded = embed(model, toy_tokenizer, ["ab", "abcde"])
-    torch.testing.assert_close(alone[0], padded[0])
-    torch.testing.assert_close(padded.norm(dim=-1), torch.ones(2))
-
-
-def test_predictions_keep_the_order_of_the_texts() -> None:
-    model, task = ToyEncoder(), toy_task()
-    readout = Readout.from_base(model, toy_tokenizer, task)
-    one_by_one = torch.cat([predict(model, readout, [text]) for text in task.test.texts])
-    assert predict(model, readout, task.test.texts, batch=7).tolist() == one_by_one.tolist()
-
-
 def test_finetuning_learns_repeats_and_touches_only_the_encoder() -> None:
     task, models = toy_task(), [ToyEncoder(), ToyEncoder()]
     base = {name: value.clone() for name, value in models[0].state_dict().items()}
     models[0].encoder.bias.requires_grad_(False)
     for model in models:
-        readout = Readout.from_base(model, toy_tokenizer, task)
+        readout = Prototypes.from_base(model, toy_tokenizer, task.names)
         before = accuracy(model, readout, task.test)
         finetune(model, task, readout, steps=60, seed=3)
         assert before < accuracy(model, readout, task.test) == 1.0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from hotgraft.demo import task as demo
+from hotgraft.tasks import Split
 
 DATA = Path(__file__).with_name("data")
 TASKS = ("section", "kind", "language", "implemented", "library", "network")
@@ -28,7 +29,7 @@ class Task(demo.Task):
     `n` are a sample of it, with classes nearly as frequent as in the whole.
     """
 
-    ood: demo.Split
+    ood: Split
 
 
 def load(name: str, folder: Path = DATA) -> Task:
@@ -49,7 +50,7 @@ def load(name: str, folder: Path = DATA) -> Task:
     header, *rows = map(json.loads, gzip.decompress(packed).decode().rstrip("\n").split("\n"))
     classes = tuple(header["classes"])
 
-    def split(which: str) -> demo.Split:
+    def split(which: str) -> Split:
         chosen = [row for row in rows if row["split"] == which]
         labels = torch.tensor([classes.index(row["label"]) for row in chosen], dtype=torch.int64)
         found = labels.bincount(minlength=len(classes)).tolist()
@@ -59,7 +60,7 @@ def load(name: str, folder: Path = DATA) -> Task:
                 f"{name}.jsonl.gz: found {found} {which} texts of {', '.join(classes)}, its header "
                 f"says {wanted}; make the file again, see PROVENANCE.md beside it"
             )
-        return demo.Split(
+        return Split(
             texts=tuple(row["text"] for row in chosen),
             labels=labels,
             sources=tuple(row["source"] for row in chosen),

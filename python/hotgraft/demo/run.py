@@ -20,8 +20,9 @@ import hotgraft
 from hotgraft.console import Output
 from hotgraft.demo import show, skills, timing
 from hotgraft.demo.model import WEIGHTS, find_model, load_model
-from hotgraft.demo.task import TASKS, Readout, Task, accuracy, load_task
+from hotgraft.demo.task import TASKS, Task, load_task
 from hotgraft.errors import HotgraftError
+from hotgraft.tasks import Prototypes, accuracy
 
 NEEDED = ("transformers", "matplotlib")
 
@@ -54,7 +55,7 @@ def demo(
         waiting = bars.add_task("loading the model", total=None)
         model, tokenizer = _load_quietly(folder)
         tasks = {name: load_task(name) for name in TASKS}
-        readouts = {n: Readout.from_base(model, tokenizer, task) for n, task in tasks.items()}
+        readouts = {n: Prototypes.from_base(model, tokenizer, t.names) for n, t in tasks.items()}
         bars.remove_task(waiting)
         skill_folder = out / "skills" if train else skills.shipped()
         if train:
@@ -110,7 +111,7 @@ def _about(skill_folder: Path, model_folder: Path) -> dict[str, Any]:
 def _measure(
     model: nn.Module,
     tasks: dict[str, Task],
-    readouts: dict[str, Readout],
+    readouts: dict[str, Prototypes],
     skill_folder: Path,
     texts: int,
     bars: Any,

@@ -8,6 +8,7 @@ are not kept.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import nn
 
 import hotgraft
 from hotgraft.demo.model import SHA256, WEIGHTS
-from hotgraft.demo.task import Readout, Split, Task, predict
+from hotgraft.demo.task import Task
 from hotgraft.errors import HotgraftError
+from hotgraft.tasks import Readout, Split, predict
 
 DENSITY = 0.01
 SCOPE = "encoder"
@@ -51,7 +53,7 @@ def correct(model: nn.Module, readout: Readout, split: Split) -> str:
 
     Example: `correct(model, readout, task.test.head(100)).count("1")`.
     """
-    right = predict(model, readout, split.texts) == split.labels
+    right = predict(model, readout, split) == split.labels
     return "".join("01"[int(answer)] for answer in right)
 
 
@@ -68,7 +70,7 @@ def share(answers: str, texts: int) -> float:
 def train(
     base_folder: Path,
     tasks: dict[str, Task],
-    readouts: dict[str, Readout],
+    readouts: Mapping[str, Readout],
     out: Path,
     progress: Progress,
 ) -> None:
@@ -99,7 +101,7 @@ def keep(
     name: str,
     finetuned: nn.Module,
     tasks: dict[str, Task],
-    readouts: dict[str, Readout],
+    readouts: Mapping[str, Readout],
     out: Path,
 ) -> None:
     """Write a fine-tuned model's graft and its answers into a folder of skills.

@@ -9,7 +9,8 @@ from rich.progress import Progress
 from torch import nn
 
 from hotgraft import train
-from hotgraft.demo.task import Readout, Split, Task
+from hotgraft.demo.task import Task
+from hotgraft.tasks import Readout, Split
 
 STEPS = 300  # 2 epochs of 2,400 texts
 BATCH = 16
@@ -40,13 +41,11 @@ def finetune(
         seed: fixes the order of the texts.
         progress: where given, a bar is added to it.
 
-    Example: `finetune(model, task, Readout.from_base(model, tokenizer, task))`.
+    Example: `finetune(model, task, Prototypes.from_base(model, tokenizer, task.names))`.
     """
 
     def loss(model: nn.Module, batch: list[int]) -> torch.Tensor:
-        logits = readout.logits(model, [task.train.texts[i] for i in batch])
-        labels = task.train.labels[batch].to(logits.device)
-        return nn.functional.cross_entropy(logits, labels)
+        return readout.loss(model, readout.batch(task.train, batch))
 
     bar = progress.add_task(f"training {task.name}", total=steps) if progress else None
 
