@@ -5,7 +5,7 @@ A skill is sought, and measured, by how a model answers texts. `Split` holds tex
 own, and a task file (TOML) names a model, data and a read-out, for `hotgraft localize`.
 """
 
-from hotgraft.tasks.opening import Task, open_task
+from hotgraft.tasks.opening import Task, open_task, write_weights
 from hotgraft.tasks.readout import Head, Prototypes, Readout, accuracy, embed, predict
 from hotgraft.tasks.taskfile import TaskFile, read_task
 from hotgraft.tasks.texts import Batch, Split, Tokens
@@ -24,4 +24,5 @@ __all__ = [
     "open_task",
     "predict",
     "read_task",
+    "write_weights",
 ]

@@ -1,0 +1,326 @@
+"""The task file and the labelled texts that it names, opened, and bad ones refused by name."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import hotgraft
+import pytest
+import tiny_task
+import torch
+from hotgraft import tasks
+from hotgraft.errors import DataError, FormatError
+from hotgraft.tasks import Prototypes, write_weights
+from safetensors.torch import load_file, save_file
+from tiny_task import one_thread
+from transformers import BertForSequenceClassification
+from transformers.utils import logging
+
+__all__ = ["one_thread"]  # a fixture: pytest finds it in this module by its name
+
+# ---- a task file, opened -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["prototypes", "head"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_task.write(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_task.write(tmp_path_factory.mktemp("made")).parent
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of a task's folder, to be spoilt."""
+    shutil.copytree(made, tmp_path / "task")
+    return tmp_path / "task"
+
+
+def test_a_task_is_what_its_file_names(written: Path) -> None:
+    file = tasks.read_task(written)
+    task = tasks.open_task(file)
+    assert task.classes == tuple(tiny_task.CLASSES)
+    assert task.train.texts == tiny_task.split(48).texts
+    assert task.train.labels.tolist() == tiny_task.split(48).labels.tolist()
+    assert task.test is not None
+    assert task.test.texts == tiny_task.split(36).texts
+    assert task.finetuned == file.finetuned  # the names are the same: nothing is read yet
+    assert hotgraft.fingerprint(task.base) == hotgraft.fingerprint(file.base)
+    assert not task.base.training
+    before = tasks.accuracy(task.base, task.readout, task.test)
+    write_weights(task.base, task.finetuned)
+    assert hotgraft.fingerprint(task.base) == hotgraft.fingerprint(file.finetuned)
+    assert before < 0.6 < tasks.accuracy(task.base, task.readout, task.test) == 1.0
+
+
+def test_the_prototypes_of_a_task_are_the_bases(folder: Path) -> None:
+    text = (folder / "task.toml").read_text().replace('"prototypes"', '"prototypes"\ntemperature=2')
+    (folder / "task.toml").write_text(text)
+    task = tasks.open_task(tasks.read_task(folder / "task.toml"))
+    names = tuple(tiny_task.CLASSES.values())
+    expected = Prototypes.from_base(tiny_task.model(), tiny_task.tokenizer(), names)
+    assert isinstance(task.readout, Prototypes)
+    torch.testing.assert_close(task.readout.prototypes, expected.prototypes)
+    assert task.readout.temperature == 2
+
+
+def test_a_task_file_has_defaults_and_paths_beside_it(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    text = (folder / "task.toml").read_text()
+    for name in ("base", "tuned", "train.jsonl"):
+        text = text.replace(f'"{name}"', f'"../{name}"')
+    text = text.replace('test = "test.jsonl"\nbatch = 8\n', "")
+    (folder / "deep" / "task.toml").write_text(text)
+    file = tasks.read_task(folder / "deep" / "task.toml")
+    assert (file.text, file.label, file.max_tokens, file.batch) == ("text", "label", 64, 32)
+    assert (file.kind, file.temperature, file.test) == ("prototypes", 0.1, None)
+    assert list(file.classes.items()) == list(tiny_task.CLASSES.items())
+    assert tasks.open_task(file).test is None
+
+
+def test_finetuned_weights_may_be_one_file_or_have_a_head_on_top(folder: Path) -> None:
+    bare = load_file(folder / "tuned" / "model.safetensors")
+    save_file(bare, folder / "tuned.safetensors")
+    task = opened(folder, ('finetuned = "tuned"', 'finetuned = "tuned.safetensors"'))
+    assert task.finetuned == folder / "tuned.safetensors"
+
+    headed = tiny_task.model(BertForSequenceClassification)
+    headed.bert.load_state_dict(bare)
+    headed.save_pretrained(folder / "headed")
+    task = opened(folder, ('finetuned = "tuned"', 'finetuned = "headed"'))
+    assert isinstance(task.finetuned, dict)
+    assert hotgraft.fingerprint(task.finetuned) == hotgraft.fingerprint(bare)
+
+
+def test_transformers_is_quiet_and_left_as_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    tasks.open_task(tasks.read_task(folder / "task.toml"))
+    assert capsys.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def opened(folder: Path, *changes: tuple[str, str]) -> tasks.Task:
+    """The task of a folder, with its file changed."""
+    text = tiny_task.TASK
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "task.toml").write_text(text)
+    return tasks.open_task(tasks.read_task(folder / "task.toml"))
+
+
+# ---- labelled texts ------------------------------------------------------------------------------
+
+ROWS = [
+    {"text": 'she said "play",\nthen left', "label": "games"},
+    {"text": "Zoë\u2028types", "label": "fonts"},
+]
+
+
+def as_jsonl(rows: list[dict[str, str]]) -> bytes:
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode() + b"\n\n"
+
+
+def as_csv(rows: list[dict[str, str]], path: Path) -> bytes:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["label", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.csv.gz"])
+def test_texts_come_back_from_every_kind_of_file(folder: Path, name: str) -> None:
+    data = as_jsonl(ROWS) if "jsonl" in name else as_csv(ROWS, folder / "x")
+    (folder / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    train = opened(folder, ("train.jsonl", name)).train
+    assert train.texts == tuple(row["text"] for row in ROWS)
+    assert (train.labels.tolist(), train.labels.dtype) == ([0, 1], torch.int64)
+
+
+def test_fields_have_the_names_the_task_says_and_labels_may_be_numbers(folder: Path) -> None:
+    (folder / "train.jsonl").write_text('{"said": "play", "about": 7}\n{"said": "a", "about": "x"}')
+    changes = [("batch = 8", 'text = "said"\nlabel = "about"')]
+    changes += [('test = "test.jsonl"\n', ""), ("games =", "x ="), ("net =", "7 =")]
+    assert opened(folder, *changes).train.labels.tolist() == [2, 0]
+
+
+def test_a_heads_labels_are_its_names_or_numbers(tmp_path: Path) -> None:
+    path = tiny_task.write(tmp_path, "head")
+    (tmp_path / "train.jsonl").write_text(
+        '{"text": "a", "label": 2}\n{"text": "a", "label": "net"}'
+    )
+    assert tasks.open_task(tasks.read_task(path)).train.labels.tolist() == [2, 2]
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 3}')
+    with pytest.raises(DataError, match=r"line 1: the label '3' has no class; .*base's head has"):
+        tasks.open_task(tasks.read_task(path))
+
+
+GOOD = b'{"text": "a", "label": "net"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("t.jsonl", b"", "t.jsonl: it holds no text"),
+        ("t.jsonl", b"\n \n", "t.jsonl: it holds no text"),
+        ("t.jsonl", GOOD + b"\n{", "t.jsonl, line 3: not JSON"),
+        pytest.param("t.jsonl", GOOD + b"[" * 10**6, "line 2: not JSON", id="deep"),
+        ("t.jsonl", GOOD + b"[1]", "line 2: a list; wanted a JSON object"),
+        ("t.jsonl", GOOD + b'{"txt": 1, "label": 2}', r"line 2: .* no field 'text'; .* 'txt', 'l"),
+        ("t.jsonl", b'{"text": "a"}', "line 1: there is no field 'label'; .* as data.label in"),
+        ("t.jsonl", b"{}", "there are none"),
+        ("t.jsonl", b'{"text": 1, "label": "net"}', "line 1: 'text' is 1; wanted a text"),
+        ("t.jsonl", b'{"text": " ", "label": "net"}', "line 1: 'text' is ' '; wanted a text"),
+        ("t.jsonl", b'{"text": "a", "label": true}', "line 1: 'label' is True; wanted a str"),
+        ("t.jsonl", b'{"text": "a", "label": null}', "'label' is None"),
+        (
+            "t.jsonl",
+            GOOD + b'{"text": "a", "label": "sql"}',
+            r"t\.jsonl, line 2: the label 'sql' has no class; \[readout.classes\] of .*task\.toml "
+            "has 'fonts', 'games', 'net'",
+        ),
+        ("t.jsonl", GOOD + b'{"text": "\xe4"}', r"line 2: not UTF-8 \(byte 0xe4\)"),
+        ("t.jsonl.gz", GOOD, "t.jsonl.gz: not a whole gzip file"),
+        ("t.jsonl.gz", gzip.compress(GOOD)[:-9], "not a whole gzip file"),
+        ("t.txt", GOOD, r"t\.txt: wanted a file that ends in \.jsonl, \.csv, \.jsonl\.gz"),
+        ("t.gz", GOOD, r"t\.gz: wanted a file that ends in"),
+        ("t.csv", b"", "it holds no text"),
+        ("t.csv", b"text,label\n", "it holds no text"),
+        ("t.csv", b"text,lbl\na,net\n", "line 2: there is no field 'label'"),
+        ("t.csv", b'text,label\n"a\nb",net\nc\n', "line 4: 1 columns; the header has 2"),
+        ("t.csv", b"text,text\na,b\n", "line 1: a column's name is there twice"),
+        ("t.csv", b'text,label\n"a,net\n', "line 2: not CSV"),
+    ],
+)
+def test_bad_texts_are_refused_by_file_and_line(
+    folder: Path, name: str, data: bytes, complaint: str
+) -> None:
+    (folder / name).write_bytes(data)
+    for key in ("train", "test"):
+        with pytest.raises(DataError, match=complaint):
+            opened(folder, (f"{key}.jsonl", name))
+
+
+# ---- bad task files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("[data]", "[date]", r"task\.toml: data is missing; wanted a table, \[data\]"),
+        ("[model]", "data = 3\n[model]", "task.toml: not TOML"),
+        ('base = "base"', "", r"task\.toml, line 1: model\.base is missing"),
+        (
+            '"base"',
+            '"nowhere"',
+            r"line 2: model\.base is '.*nowhere', which is not there; wanted a",
+        ),
+        ('"base"', '"train.jsonl"', r"line 2: model\.base is .*; wanted a folder"),
+        ('"base"', "3", r"line 2: model\.base is 3; wanted a string"),
+        ('"base"', r'"\u0000"', r"line 2: model\.base is .*not there"),
+        ('"tuned"', '""', r"line 3: model\.finetuned is ''; wanted a string that is not empty"),
+        ('"train.jsonl"', '"base"', r"line 6: data\.train is .*wanted a file"),
+        ("batch = 8", "bach = 8", r"line 8: data\.bach is unknown; wanted one of 'batch', 'label'"),
+        ("batch = 8", "batch = 0", r"line 8: data\.batch is 0; wanted a whole number from 1 on"),
+        ("batch = 8", "batch = true", r"data\.batch is True"),
+        ("batch = 8", "batch = 1.5", r"data\.batch is 1\.5"),
+        ("batch = 8", "max_tokens = 2", r"data\.max_tokens is 2; wanted a whole number from 3 on"),
+        ("batch = 8", "max_tokens = 65", r"data\.max_tokens is 65; .*base takes up to 64"),
+        ("batch = 8", "text = 3", r"line 8: data\.text is 3"),
+        ("[readout]\n", "[readout]\nlr = 1\n", r"line 11: readout\.lr is unknown"),
+        (
+            "[readout]\n",
+            "[readout]\ntemperature = nan\n",
+            r"readout\.temperature is nan; wanted a f",
+        ),
+        ("[readout]\n", "[readout]\ntemperature = inf\n", r"readout\.temperature is inf"),
+        ("[readout]\n", "[readout]\ntemperature = 0\n", "is 0; wanted a finite number above 0"),
+        ("[model]", "[other]\n[model]", r"line 1: other is unknown; wanted one of 'data', 'model'"),
+        (
+            '"prototypes"',
+            '"heads"',
+            r"readout\.kind is 'heads'; wanted one of 'prototypes', 'head'",
+        ),
+        ('"prototypes"', '"head"', r"line 13: readout\.classes is unknown"),
+        ('= "font"', "= 2", r"line 15: readout\.classes\.fonts is 2; wanted a string"),
+        (
+            '= "font"',
+            '= "game"',
+            r"line 15: .*fonts is 'game', as for 'games'; wanted names that d",
+        ),
+        ('\nfonts = "font"\nnet = "mail"', "", r"line 13: readout\.classes is 1 of them"),
+        ("[readout.classes]", "[readout.names]", r"line 10: readout\.classes is missing"),
+        ("[readout.classes]", "[[readout.classes]]", r"readout\.classes is \[.*wanted a table"),
+        ("[model]", "[model", "not TOML: .*line 1"),
+    ],
+)
+def test_a_bad_task_file_is_refused_by_key_and_line(
+    folder: Path, old: str, new: str, complaint: str
+) -> None:
+    with pytest.raises(FormatError, match=complaint):
+        opened(folder, (old, new))
+
+
+def test_a_task_file_that_is_not_utf8(folder: Path) -> None:
+    (folder / "task.toml").write_bytes(tiny_task.TASK.encode() + b"# \xe4")
+    with pytest.raises(FormatError, match=r"task\.toml, line 17: not UTF-8 \(byte 0xe4\)"):
+        tasks.read_task(folder / "task.toml")
+
+
+# ---- bad models ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gone", "complaint"),
+    [
+        ("config.json", "base: transformers finds no configuration in it"),
+        ("model.safetensors", "base: transformers finds no model in it"),
+        ("tokenizer", r"base: its tokenizer knows no word; wanted tokenizer\.json"),
+    ],
+)
+def test_a_folder_that_lacks_something(folder: Path, gone: str, complaint: str) -> None:
+    for path in (folder / "base").glob(f"{gone}*"):
+        path.unlink()
+    with pytest.raises(FormatError, match=complaint):
+        opened(folder)
+
+
+def test_weights_that_transformers_would_make_up_are_missing(folder: Path) -> None:
+    head = tiny_task.HEAD
+    (folder / "task.toml").write_text(head)
+    with pytest.raises(FormatError, match=r"wants 'classifier\.bias', 'classifier\.weight', which"):
+        tasks.open_task(tasks.read_task(folder / "task.toml"))
+    weights = load_file(folder / "base" / "model.safetensors")
+    without = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(without, folder / "base" / "model.safetensors", {"format": "pt"})
+    assert opened(folder).classes  # nobody asks the pooler
+    del without["encoder.layer.1.output.dense.bias"]
+    save_file(without, folder / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"AutoModel wants 'encoder\.layer\.1\.output\.dense\.b"):
+        opened(folder)
+
+
+def test_a_pickle_is_not_read(folder: Path) -> None:
+    (folder / "base" / "model.safetensors").unlink()
+    torch.save(tiny_task.model().state_dict(), folder / "base" / "pytorch_model.bin")
+    with pytest.raises(FormatError, match="finds no model"):
+        opened(folder)
+
+
+def test_a_tokenizer_without_padding_is_refused(folder: Path) -> None:
+    for name, key in (("tokenizer_config.json", "pad_token"), ("tokenizer.json", "padding")):
+        path = folder / "base" / name
+        config = json.loads(path.read_text())
+        del config[key]
+        path.write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="its tokenizer has no padding token"):
+        opened(folder)
