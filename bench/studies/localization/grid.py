@@ -18,9 +18,15 @@ class Cell(NamedTuple):
     """One fine-tuned model."""
 
     task: str
+    """Several, joined by `+`, were learnt at once, a batch of each in turn."""
     arm: str
     """How it was fine-tuned."""
     seed: int
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it was fine-tuned on."""
+        return tuple(self.task.split("+"))
 
 
 class Mask(NamedTuple):
@@ -38,6 +44,8 @@ class Recipe:
 
     steps: int = 300
     """Of fine-tuning."""
+    joint_steps: int = 150
+    """Of each task, where one model learns several at once."""
     batch: int = 32
     """Texts of a step, in fine-tuning and in searching."""
     texts: int = 4000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bench.studies.localization import grid, tasks
 
+Weights = Mapping[str, Tensor]
 SCOPE = "encoder"
 MAX_TOKENS = 48
 """The texts have 140 characters; few reach this."""
@@ -41,6 +42,7 @@ class Lab:
     def __init__(self, work: Path, recipe: grid.Recipe) -> None:
         self.recipe = recipe
         self._work = work
+        self._is_base = True
         work.mkdir(parents=True, exist_ok=True)
         self.model, self._tokenizer = load_model(find_model())
         self.base_id = hotgraft.fingerprint(self.model)
@@ -55,6 +57,7 @@ class Lab:
     @functools.cache  # noqa: B019
     def readout(self, name: str) -> Prototypes:
         """A task's read-out, made by the base."""
+        assert self._is_base
         return Prototypes.from_base(
             self.model,
             self._tokenizer,
@@ -76,47 +79,66 @@ class Lab:
 
     def finetuned(self, cell: grid.Cell) -> tuple[Path, float | None]:
         """The fine-tuned weights' file, and the seconds that it took if it was made now."""
-        path = self._path(cell, "safetensors")
-        if path.exists():
-            return path, None
-        batches = self.batches(cell.task, self.recipe.steps, cell.seed)
-        with self._scratch():
+        path = self.path(cell, "safetensors")
+        return path, None if path.exists() else self.learn(cell, path)
+
+    def learn(
+        self,
+        cell: grid.Cell,
+        path: Path,
+        *,
+        start: Weights | None = None,
+        protected: Graft | None = None,
+    ) -> float:
+        """Fine-tune on a cell's tasks, a batch of each in turn; the seconds that it took.
+
+        Args:
+            cell: what is learnt, and how.
+            path: where the weights go.
+            start: what is fine-tuned, if not the base.
+            protected: its positions stay as they are.
+        """
+        joint = len(cell.tasks) > 1
+        each = self.recipe.joint_steps if joint else self.recipe.steps
+        lessons = [[(task, b) for b in self.batches(task, each, cell.seed)] for task in cell.tasks]
+        batches = [batch for turn in zip(*lessons, strict=True) for batch in turn]
+
+        def loss(model: nn.Module, batch: tuple[str, Batch]) -> Tensor:
+            return self.readout(batch[0]).loss(model, batch[1])
+
+        with self.holding(start or {}):
             optimizer = optimizer_of(cell.arm, self.model)
+            if protected is not None:
+                train.protect(optimizer, self.model, protected)
             begin = time.perf_counter()
-            train.finetune(
-                self.model,
-                self.readout(cell.task).loss,
-                batches,
-                optimizer,
-                steps=self.recipe.steps,
-                seed=cell.seed,
-            )
+            train.finetune(self.model, loss, batches, optimizer, steps=len(batches), seed=cell.seed)
             seconds = time.perf_counter() - begin
             weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         save_file(weights, path)
-        return path, seconds
+        return seconds
 
     @contextlib.contextmanager
-    def _scratch(self) -> Iterator[None]:
-        """The model may be changed in here; it holds the base afterwards."""
+    def holding(self, weights: Weights) -> Iterator[None]:
+        """The model has these weights in here, and may be changed; then it is the base again."""
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         try:
+            self.model.load_state_dict(weights, strict=False)
+            self._is_base = False
             yield
         finally:
             self.model.load_state_dict(before, strict=False)
+            self._is_base = True
 
     def logits(self, cell: grid.Cell | None, task: str, which: str) -> Tensor:
         """Those of a fine-tuned model, or of the base, on a test; kept in the folder."""
         about = f"{which}-{self.recipe.texts}-{self.recipe.ood_texts}"
         owner = cell or grid.Cell(task, "base", 0)
-        path = self._path(owner, f"{task}-{about}.logits")
+        path = self.path(owner, f"{task}-{about}.logits")
         if not path.exists():
             if cell is None:
                 found = self.answer(task, which)
             else:
-                with self._scratch():
-                    self.model.load_state_dict(load_file(self.finetuned(cell)[0]), strict=False)
-                    found = self.answer(task, which)
+                found = self.answer_of(load_file(self.finetuned(cell)[0]), task, which)
             save_file({"logits": found}, path)
         return load_file(path)["logits"]
 
@@ -124,35 +146,58 @@ class Lab:
         """The logits of the model as it is, on a test of a task."""
         return self.readout(task).logits(self.model, self.split(task, which))
 
+    def answer_of(self, weights: Weights, task: str, which: str) -> Tensor:
+        """The logits of the model with these weights, on a test of a task."""
+        self.readout(task)  # the base's
+        with self.holding(weights):
+            return self.answer(task, which)
+
     def split(self, task: str, which: str) -> Split:
         """`test` or `ood`."""
         found: Split = getattr(self.task(task), which)
         return found
 
-    def localize(self, mask: grid.Mask) -> tuple[Graft, float]:
-        """The graft, and the seconds that it took."""
+    def localize(
+        self,
+        mask: grid.Mask,
+        *,
+        task: str | None = None,
+        path: Path | None = None,
+        start: Weights | None = None,
+    ) -> tuple[Graft, float]:
+        """The graft, and the seconds that it took.
+
+        Args:
+            mask: what is sought, in which fine-tuned model.
+            task: the one of the model's tasks whose skill is sought, where it has several.
+            path: the fine-tuned weights, if they are not the cell's own.
+            start: what was fine-tuned, if not the base.
+        """
         cell = mask.cell
-        path, _ = self.finetuned(cell)
-        data = self.batches(cell.task, None, 1000 + cell.seed)
-        begin = time.perf_counter()
-        found = hotgraft.localize(
-            self.model,
-            path,
-            self.readout(cell.task).loss,
-            data,
-            density=mask.density,
-            scope=SCOPE,
-            method=self.recipe.method(mask.method),
-            seed=cell.seed,
-            base_id=self.base_id,
-        )
-        seconds = time.perf_counter() - begin
-        if mask.method == "shuffled":
-            found = Graft.from_mask(self.model, path, shuffled(found.mask, cell.seed))
+        task = task or cell.task
+        path = path or self.finetuned(cell)[0]
+        data = self.batches(task, None, 1000 + cell.seed)
+        with self.holding(start) if start else contextlib.nullcontext():
+            begin = time.perf_counter()
+            found = hotgraft.localize(
+                self.model,
+                path,
+                self.readout(task).loss,
+                data,
+                density=mask.density,
+                scope=SCOPE,
+                method=self.recipe.method(mask.method),
+                seed=cell.seed,
+                base_id=None if start else self.base_id,
+            )
+            seconds = time.perf_counter() - begin
+            if mask.method == "shuffled":
+                found = Graft.from_mask(self.model, path, shuffled(found.mask, cell.seed))
         return found, seconds
 
     def grafted(self, graft: Graft, task: str, which: str) -> Tensor:
         """The logits of the base with a graft, on a test of a task."""
+        self.readout(task)  # the base's
         host = hotgraft.attach(self.model)
         try:
             host.load(graft, name="graft")
@@ -176,8 +221,12 @@ class Lab:
         scores["brier_change"] = list(found.change.brier)
         return scores
 
-    def _path(self, cell: grid.Cell, ending: str) -> Path:
-        steps = self.recipe.steps if cell.arm != "base" else 0
+    def path(self, cell: grid.Cell, ending: str) -> Path:
+        """A file of the folder, named after what a model was fine-tuned on, and how."""
+        recipe = self.recipe
+        steps = 0 if cell.arm == "base" else recipe.steps
+        if len(cell.tasks) > 1:
+            steps = recipe.joint_steps
         return self._work / f"{cell.task}-{cell.arm}-{cell.seed}-{steps}.{ending}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.progress import Progress
+from torch import Tensor
 
 from bench.studies.localization import grid
 from bench.studies.localization.lab import Lab
@@ -37,10 +38,10 @@ def _finetuned(lab: Lab, rows: Rows, cell: grid.Cell) -> None:
     if rows.find(key_of(cell, "finetuned")) is None:
         _, seconds = lab.finetuned(cell)
         logits = {which: lab.logits(cell, cell.task, which) for which in TESTS}
-        _add(lab, rows, key_of(cell, "finetuned"), cell, logits, seconds=seconds)
+        add(lab, rows, key_of(cell, "finetuned"), logits, cell=cell, seconds=seconds)
     if rows.find(key_of(base, "base")) is None:
         logits = {which: lab.logits(None, cell.task, which) for which in TESTS}
-        _add(lab, rows, key_of(base, "base"), cell, logits)
+        add(lab, rows, key_of(base, "base"), logits, cell=cell)
 
 
 def _mask(lab: Lab, rows: Rows, mask: grid.Mask) -> None:
@@ -49,12 +50,28 @@ def _mask(lab: Lab, rows: Rows, mask: grid.Mask) -> None:
         graft, seconds = lab.localize(mask)
         logits = {which: lab.grafted(graft, mask.cell.task, which) for which in TESTS}
         more = {"seconds": seconds, "entries": graft.nnz, "graft": graft.id}
-        _add(lab, rows, key, mask.cell, logits, **more)
+        add(lab, rows, key, logits, cell=mask.cell, **more)
 
 
-def _add(
-    lab: Lab, rows: Rows, key: dict[str, Any], cell: grid.Cell, logits: Any, **more: Any
+def add(
+    lab: Lab,
+    rows: Rows,
+    key: dict[str, Any],
+    logits: dict[str, Tensor],
+    *,
+    cell: grid.Cell,
+    task: str | None = None,
+    **more: Any,
 ) -> None:
-    scores = {which: lab.scores(found, cell, cell.task, which) for which, found in logits.items()}
+    """Score logits, test by test, and keep the row.
+
+    Args:
+        key: the fields that name it.
+        cell: the fine-tuned model that the scores compare with.
+        task: the one asked about, if not the cell's.
+        more: further fields.
+    """
+    asked = task or cell.task
+    scores = {which: lab.scores(found, cell, asked, which) for which, found in logits.items()}
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rows.add({**key, **more, "recipe": vars(lab.recipe), "at": at, **scores})
