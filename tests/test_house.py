@@ -48,7 +48,7 @@ LAYERS = [
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},
     {"arguments", "console"},
-    {"doctor"},
+    {"doctor", "localization"},
     {"demo"},
     {"cli"},
 ]

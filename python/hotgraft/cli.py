@@ -28,7 +28,8 @@ from hotgraft.arguments import (
     scopes,
     weights_for,
 )
-from hotgraft.console import Output, number, percent, printable, size
+from hotgraft.console import Output, number, percent, printable, say_saved, size
+from hotgraft.localization import localize
 
 if TYPE_CHECKING:
     from hotgraft.graft import Graft
@@ -61,37 +62,6 @@ def _load(paths: Sequence[Path]) -> list[Graft]:
     from hotgraft.graft import Graft
 
     return [Graft.load(path) for path in paths]
-
-
-def _saved(graft: Graft, path: Path) -> dict[str, object]:
-    """What `diff` and `compose` report of the file they wrote."""
-    return {
-        "path": str(path),
-        "bytes": path.stat().st_size,
-        "id": graft.id,
-        "entries": graft.nnz,
-        "tensors": len(graft.names),
-        "density": graft.density,
-        "scope": graft.provenance.scope,
-        "eligible": graft.provenance.eligible,
-        "method": graft.provenance.method,
-        "base_id": graft.provenance.base_id,
-    }
-
-
-def _say_saved(output: Output, graft: Graft, path: Path) -> None:
-    output.result(_saved(graft, path))
-    output.facts(
-        {
-            "wrote": f"{path} ({size(path.stat().st_size)})",
-            "entries": f"{number(graft.nnz)} in {number(len(graft.names))} tensors",
-            "density": f"{percent(graft.density)} of {number(graft.provenance.eligible)} elements "
-            f"(scope {graft.provenance.scope})",
-            "method": graft.provenance.method,
-            "id": graft.id,
-            "base id": graft.provenance.base_id or "not stored",
-        }
-    )
 
 
 def _base_id(output: Output, base: Path) -> str:
@@ -181,7 +151,7 @@ def diff_command(
                 progress=progress,
             )  # fmt: skip
         graft.save(out)
-        _say_saved(output, graft, out)
+        say_saved(output, graft, out)
 
 
 @app.command("inspect")
@@ -364,7 +334,7 @@ def compose_command(
 
         graft = compose(_load(grafts), policy, numbers, labels=_labels(grafts))
         graft.save(out)
-        _say_saved(output, graft, out)
+        say_saved(output, graft, out)
 
 
 @app.command("overlap")
@@ -398,6 +368,9 @@ def overlap_command(grafts: GraftPaths, as_json: Json = False) -> None:
             output.table(["", *names], lines, title=title)
         if found.eligible is None:
             output.say("What chance would share is not known: the grafts state no common scope.")
+
+
+app.command("localize")(localize)
 
 
 @app.command()

@@ -6,8 +6,9 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
@@ -15,6 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from hotgraft.graft import Graft
 
 WIDE = 120
 """Columns of a table that goes to a file or pipe."""
@@ -193,3 +197,39 @@ def percent(share: float) -> str:
         ('1.23 %', '0.0004 %')
     """
     return f"{100 * share:.3g} %" if share >= 1e-6 or share == 0 else f"{100 * share:.1g} %"
+
+
+def say_saved(output: Output, graft: Graft, path: Path, **more: object) -> None:
+    """Say what a command wrote: `diff`, `compose` and `localize` made a graft.
+
+    Args:
+        more: what a program is told besides.
+    """
+    nbytes = path.stat().st_size
+    about = graft.provenance
+    output.result(
+        {
+            "path": str(path),
+            "bytes": nbytes,
+            "id": graft.id,
+            "entries": graft.nnz,
+            "tensors": len(graft.names),
+            "density": graft.density,
+            "scope": about.scope,
+            "eligible": about.eligible,
+            "method": about.method,
+            "base_id": about.base_id,
+            **more,
+        }
+    )
+    output.facts(
+        {
+            "wrote": f"{path} ({size(nbytes)})",
+            "entries": f"{number(graft.nnz)} in {number(len(graft.names))} tensors",
+            "density": f"{percent(graft.density)} of {number(about.eligible)} elements "
+            f"(scope {about.scope})",
+            "method": about.method,
+            "id": graft.id,
+            "base id": about.base_id or "not stored",
+        }
+    )
