@@ -34,17 +34,20 @@ class Lab:
     Args:
         work: the folder. What is there already is not computed again.
         recipe: how much of everything.
+        loaded: a model and its tokenizer, if not the demo's.
 
     Weights are fp32, products are computed in bf16 (autocast), for base, fine-tuned and grafted
     models alike.
     """
 
-    def __init__(self, work: Path, recipe: grid.Recipe) -> None:
+    def __init__(
+        self, work: Path, recipe: grid.Recipe, loaded: tuple[nn.Module, Any] | None = None
+    ) -> None:
         self.recipe = recipe
         self._work = work
         self._is_base = True
         work.mkdir(parents=True, exist_ok=True)
-        self.model, self._tokenizer = load_model(find_model())
+        self.model, self._tokenizer = loaded or load_model(find_model())
         self.base_id = hotgraft.fingerprint(self.model)
 
     @functools.cache  # noqa: B019 - there is one lab
