@@ -180,6 +180,31 @@ def test_a_bar_shows_budget_loss_and_recovery(monkeypatch: pytest.MonkeyPatch) -
     assert re.search(r"learned: 1,000 entries, loss \d\.\d{3}, recovery -?\d+ %", result.stderr)
 
 
+def test_the_example_of_the_docs_runs_as_it_stands() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "localization.md").read_text()
+    (file,), (rows,), (command,) = (
+        re.findall(rf"^```{kind}\n(.*?)^```", page, re.M | re.S)
+        for kind in ("toml", "json", "bash")
+    )
+    name = file.splitlines()[0].removeprefix("# ")
+    Path(name).write_text(file)
+    Path("base").rename("minilm")
+    Path("tuned").rename("minilm-section")
+    for data in ("train.jsonl", "test.jsonl"):
+        Path(data).write_text(rows)
+    program, *args = command.split()
+    assert program == "hotgraft"
+    said = run(*args, "--steps", "20")
+    assert "3 test texts" in said
+    assert tasks.read_task(name).classes.keys() == tiny_task.CLASSES.keys()
+    assert hotgraft.Graft.load("section.graft.safetensors").nnz == 4
+    defaults = tasks.read_task(name)
+    words = ("text =", "label =", "max_tokens", "batch", "temperature")
+    kept = [line for line in file.splitlines() if not line.startswith(words)]
+    Path(name).write_text("\n".join(kept))
+    assert tasks.read_task(name) == defaults  # the page says that these are the defaults
+
+
 # ---- bad use and refusals ------------------------------------------------------------------------
 
 
