@@ -17,7 +17,7 @@ from hotgraft.errors import DataError, FormatError
 from hotgraft.tasks import Prototypes, write_weights
 from safetensors.torch import load_file, save_file
 from tiny_task import one_thread
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 from transformers.utils import logging
 
 __all__ = ["one_thread"]  # a fixture: pytest finds it in this module by its name
@@ -96,6 +96,22 @@ def test_finetuned_weights_may_be_one_file_or_have_a_head_on_top(folder: Path) -
     task = opened(folder, ('finetuned = "tuned"', 'finetuned = "headed"'))
     assert isinstance(task.finetuned, dict)
     assert hotgraft.fingerprint(task.finetuned) == hotgraft.fingerprint(bare)
+
+
+def test_a_decoders_head_finds_the_padding(folder: Path) -> None:
+    shutil.rmtree(folder / "tuned")
+    config = GPT2Config(vocab_size=15, n_positions=64, n_embd=16, n_layer=1, n_head=2, num_labels=3)
+    assert config.pad_token_id is None
+    torch.manual_seed(0)
+    for name in ("base", "tuned"):
+        GPT2ForSequenceClassification(config).save_pretrained(folder / name)
+    (folder / "task.toml").write_text(tiny_task.HEAD)
+    rows = [{"text": row["text"], "label": "2"} for row in tiny_task.texts(12)]
+    for name in ("train.jsonl", "test.jsonl"):
+        tiny_task.write_rows(folder / name, rows)
+    task = tasks.open_task(tasks.read_task(folder / "task.toml"))
+    alone = torch.cat([task.readout.logits(task.base, [text]) for text in task.train.texts])
+    torch.testing.assert_close(task.readout.logits(task.base, task.train), alone)
 
 
 def test_transformers_is_quiet_and_left_as_it_was(

@@ -67,6 +67,8 @@ def open_task(file: TaskFile) -> Task:
         )
     readout: Readout
     if file.kind == "head":
+        if getattr(base.config, "pad_token_id", None) is None:  # a decoder's head looks for it
+            base.config.pad_token_id = tokenizer.pad_token_id
         readout = Head(tokenizer=tokenizer, max_tokens=file.max_tokens)
     else:
         readout = Prototypes.from_base(
@@ -137,7 +139,7 @@ def _check_tokenizer(file: TaskFile, tokenizer: Any, config: Any) -> None:
         )
 
 
-def _model(kind: Any, folder: Path) -> tuple[nn.Module, list[str]]:
+def _model(kind: Any, folder: Path) -> tuple[Any, list[str]]:
     """A model in evaluation mode, and the names of the weights that its folder did not have.
 
     A pooler is no such weight: nobody who embeds texts asks it.
