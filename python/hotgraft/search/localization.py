@@ -90,6 +90,7 @@ def localize(
         GraftError: the density leaves no entry, or nothing differs.
 
     Example:
+        >>> import torch
         >>> base, tuned = nn.Linear(8, 1), nn.Linear(8, 1)
         >>> batches = [torch.randn(4, 8) for _ in range(10)]
         >>> def loss(model, batch):
