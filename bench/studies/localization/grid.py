@@ -53,7 +53,7 @@ class Recipe:
     ood_texts: int = 1000
     """Of the test out of domain."""
     score_steps: int = 32
-    learned_steps: int = 150
+    learned_steps: int = 200
     panigrahi_batches: int = 32
     """The paper's full pass is 1,024 texts."""
 

@@ -24,6 +24,8 @@ PROBES = 4
 """Batches on which the loss of the base and that of all candidates are measured."""
 SMOOTH = 0.9
 """Of the averages that the progress shows and the slopes are scaled with."""
+CLIP = 6.0
+"""The largest slope that counts, in units of their root mean square."""
 FALL = 0.8
 """By which part the rate falls from the first step to the last."""
 SAVE_EVERY = 25
@@ -40,8 +42,9 @@ class Learned:
 
         s <- s - rate x slope / scale,   slope = dL/dg,
 
-    where scale is the running root mean square of the candidates' slopes and the rate falls
-    linearly to a fifth. The slope is taken with
+    where scale is the running root mean square of the candidates' slopes, a slope of more than six
+    times it counts as six times (one batch is no evidence for more), and the rate falls linearly to
+    a fifth. The slope is taken with
     respect to the gate and not to the score: the entropy of a gate is the mirror map, so no factor
     sigmoid' stalls what is almost in or out, which is what makes the paper's step hard to tune; and
     dividing by the scale makes it the same for every model and loss. Scores grow as evidence
@@ -61,7 +64,7 @@ class Learned:
     """
 
     steps: int = 300
-    rate: float = 0.2
+    rate: float = 0.8
     prior: float = 0.5
     name: ClassVar[str] = "learned"
 
@@ -121,7 +124,8 @@ class _Run:
         self._loss += (1 - _weight(self.step)) * (loss - self._loss)
         if self._square > 0:
             rate = method.rate * (1 - FALL * (self.step - 1) / method.steps)
-            self.scores.sub_(slopes, alpha=rate / self._square**0.5)
+            scale = self._square**0.5
+            self.scores.sub_(slopes.clamp_(-CLIP * scale, CLIP * scale), alpha=rate / scale)
         search.progress(Step(self.step, method.steps, search.budget, self._loss, self._recovery()))
 
     def _gates(self) -> torch.Tensor:
