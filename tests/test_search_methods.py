@@ -115,7 +115,7 @@ def test_movement_adds_up_to_the_losss_fall() -> None:
         ask = searching.ask(loss, DATA[:1], 9)
         found = Movement(steps=8).rank(candidates, ask)
     fall = loss(loaded(base), DATA[0]) - loss(loaded(tuned), DATA[0])
-    assert float(found.sum()) == pytest.approx(fall.item(), rel=0.02)
+    assert float(found.sum()) / 8 == pytest.approx(fall.item(), rel=0.02)
 
 
 # ---- the paper's relaxation ---------------------------------------------------------------------
@@ -230,8 +230,9 @@ def test_learned_steps_down_the_slopes() -> None:
 
 
 def test_learned_keeps_the_highest_scores_and_lowers_the_loss() -> None:
-    model, base, tuned, graft = pair()
+    model, base, tuned, _ = pair()
     method, k = Learned(steps=60), 12
+    graft = diff(base, tuned, count=2 * k)  # the pool of a model this small
     with Candidates(model, graft) as candidates:
         scores = method.rank(candidates, searching.ask(loss, DATA, k))
     learned = localize(model, tuned, loss, DATA, count=k, scope="all", method=method)
