@@ -1,4 +1,4 @@
-"""Command line: `python -m bench.studies.localization run|multitask|continual|page`."""
+"""Command line: `python -m bench.studies.localization run|multitask|continual|cost|page`."""
 
 from __future__ import annotations
 
@@ -71,6 +71,20 @@ def continual(work: Work, rows: Results = ROWS, threads: Threads = None) -> None
 
     with _measuring(threads) as progress:
         study.run(_lab(work), Rows(rows), progress)
+
+
+@app.command()
+def cost(
+    work: Work,
+    rows: Results = ROWS,
+    steps: Annotated[int, typer.Option(help="Batches that each arm reads.")] = 40,
+) -> None:
+    """Measure memory and time of a search beside fine-tuning and the paper's dense way."""
+    from bench.studies.localization.cost import measure
+
+    kept = Rows(rows)
+    for row in measure(work, grid.CORE.cells[0], steps):
+        kept.add(row)
 
 
 @app.command()

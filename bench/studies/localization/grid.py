@@ -66,7 +66,7 @@ class Recipe:
             return scores[name](steps=self.score_steps)
         if name == Panigrahi.name:
             return Panigrahi(batches=self.panigrahi_batches)
-        return Learned(steps=self.learned_steps) if name in (Learned.name, "shuffled") else name
+        return Learned(steps=self.learned_steps) if name == Learned.name else name
 
 
 class Grid(NamedTuple):

@@ -167,8 +167,8 @@ class Lab:
         task: str | None = None,
         path: Path | None = None,
         start: Weights | None = None,
-    ) -> tuple[Graft, float]:
-        """The graft, and the seconds that it took.
+    ) -> tuple[Graft, float | None]:
+        """The graft, and the seconds that it took if it was not in the folder.
 
         Args:
             mask: what is sought, in which fine-tuned model.
@@ -178,6 +178,15 @@ class Lab:
         """
         cell = mask.cell
         task = task or cell.task
+        if mask.method == "shuffled":
+            learned = mask._replace(method="learned")
+            found, seconds = self.localize(learned, task=task, path=path, start=start)
+            moved = shuffled(found.mask, cell.seed)
+            return Graft.from_mask(self.model, path or self.finetuned(cell)[0], moved), seconds
+        about = f"{task}-{mask.method}-{mask.density:g}-{self.recipe.learned_steps}"
+        kept = self.path(cell, f"{about}.graft.safetensors") if path is None else None
+        if kept is not None and kept.exists():
+            return Graft.load(kept), None
         path = path or self.finetuned(cell)[0]
         data = self.batches(task, None, 1000 + cell.seed)
         with self.holding(start) if start else contextlib.nullcontext():
@@ -194,8 +203,8 @@ class Lab:
                 base_id=None if start else self.base_id,
             )
             seconds = time.perf_counter() - begin
-            if mask.method == "shuffled":
-                found = Graft.from_mask(self.model, path, shuffled(found.mask, cell.seed))
+        if kept is not None:
+            found.save(kept)
         return found, seconds
 
     def grafted(self, graft: Graft, task: str, which: str) -> Tensor:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import environment
+
+_KEPT = ("cpu", "cores", "python", "packages", "threads", "commit")
 RESULTS = Path(__file__).with_name("results")
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    found = environment.describe(quick=False)
+    return {part: found[part] for part in _KEPT}
 
 
 class Rows:
@@ -27,7 +38,12 @@ class Rows:
         return next((r for r in self.all if all(r.get(f) == v for f, v in key.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, on disk too."""
+        """Keep a row, on disk too, with when and where it was measured."""
+        row = {
+            **row,
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "environment": _environment(),
+        }
         self.all.append(row)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,5 +72,4 @@ def add(
     """
     asked = task or cell.task
     scores = {which: lab.scores(found, cell, asked, which) for which, found in logits.items()}
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    rows.add({**key, **more, "recipe": vars(lab.recipe), "at": at, **scores})
+    rows.add({**key, **more, "recipe": vars(lab.recipe), **scores})
