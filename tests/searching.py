@@ -93,6 +93,17 @@ def nudged(base: Mapping[str, torch.Tensor], share: float = 0.7, seed: int = 1) 
     return out
 
 
+def tuned_for(model: nn.Module) -> State:
+    """A fine-tuned state of a model; tied tensors stay equal."""
+    base, tuned = contents(model), {}
+    moved = nudged(base)
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = seen.setdefault(tensor.data_ptr(), name)
+        tuned[name] = moved[first].clone()
+    return tuned
+
+
 class Snapshot(NamedTuple):
     """All that a search must leave as it was."""
 
@@ -171,6 +182,16 @@ def gathered(graft: Graft, dense: Mapping[str, torch.Tensor]) -> torch.Tensor:
         for row in graft.rows:
             if row.dtype == dtype:
                 parts.append(wide(dense[row.name]).reshape(-1)[graft[row.name].indices].float())
+    return torch.cat(parts)
+
+
+def changes(graft: Graft) -> torch.Tensor:
+    """Fine-tuned minus base, from the graft's entries."""
+    parts = []
+    for dtype in graft.groups:
+        for row in (r for r in graft.rows if r.dtype == dtype):
+            entries = graft[row.name]
+            parts.append((wide(entries.new) - wide(entries.old)).float())
     return torch.cat(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import searching
 import simulated
 import torch
-from hosts import State, contents, holds
+from hosts import contents, holds
 from hotgraft import diff, kernels
 from hotgraft.errors import (
     BaseMismatchError,
@@ -22,116 +21,9 @@ from hotgraft.errors import (
     ParameterError,
 )
 from hotgraft.search.candidates import Candidates
-from searching import Net, batches, loss, one_thread, pair  # noqa: F401
+from searching import Net, batches, loss, one_thread, pair, tuned_for  # noqa: F401
+from searching_models import MODELS, Experts, Mixed, Spoken, Tied, Turned
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-# ---- models --------------------------------------------------------------------------------------
-
-
-class Turned(Net):
-    """Weights that are transposed (as GPT-2's Conv1D has them), strided, and in one piece."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        first, second = (layer.weight.detach() for layer in self.layers)
-        self.layers[0].weight = nn.Parameter(first.t().contiguous().t())
-        room = torch.full((12, 16), 7.0)
-        room[::2, ::2] = second
-        self.room = room
-        self.layers[1].weight = nn.Parameter(room[::2, ::2])
-
-
-class Conv1D(Net):
-    """Weights stored as inputs x outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers[0].weight = nn.Parameter(self.layers[0].weight.detach().t().contiguous())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = self.layers
-        x = torch.tanh(torch.addmm(first.bias, x, first.weight))
-        return self.head(torch.tanh(second(x)))
-
-
-class Mixed(Net):
-    """Every float type at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers[0].to(torch.bfloat16)
-        self.layers[1].to(torch.float64)
-        self.head.to(torch.float16)
-
-
-class Tied(Net):
-    """One square weight in two layers; by one parameter, or by two on the same memory."""
-
-    def __init__(self, parameters: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
-        for p in self.layers.parameters():
-            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
-        shared = self.layers[0].weight
-        self.layers[1].weight = shared if parameters == 1 else nn.Parameter(shared.detach())
-
-
-class Checkpointed(Net):
-    """The second block is computed again in the backward pass."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.layers[0](x))
-        x = torch.tanh(checkpoint(self.layers[1], x, use_reentrant=self.reentrant))
-        return self.head(x)
-
-
-class Experts(Net):
-    """One of two experts sees a text, and another nobody."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList([copy.deepcopy(self.layers[1]) for _ in range(3)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.layers[0](x))
-        chosen = (x.sum(-1) > 0).long()
-        out = torch.stack([self.experts[int(i)](row) for row, i in zip(x, chosen, strict=True)])
-        return self.head(torch.tanh(out))
-
-
-class Spoken(nn.Module):
-    """Words, looked up with sparse gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4, sparse=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.embed(tokens).mean(1))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "fp32": Net,
-    "bf16": lambda: Net(torch.bfloat16),
-    "fp16": lambda: Net(torch.float16),
-    "fp64": lambda: Net(torch.float64),
-    "mixed": Mixed,
-    "turned": Turned,
-    "conv1d": Conv1D,
-    "tied": lambda: Tied(1),
-    "tied parameters": lambda: Tied(2),
-    "checkpointed": lambda: Checkpointed(False),
-    "checkpointed, reentrant": lambda: Checkpointed(True),
-    "experts": Experts,
-    "a deep copy": lambda: copy.deepcopy(Turned()),
-}
-
 
 BATCH = batches(1)[0]
 
@@ -140,17 +32,6 @@ def half_way(candidates: Candidates, used: Any) -> None:
     """A step with all gates at 1/2."""
     candidates.write(torch.full((candidates.count,), 0.5))
     candidates.differentiate(used, BATCH, "step 3")
-
-
-def tuned_for(model: nn.Module) -> State:
-    """A fine-tuned state of a model; tied tensors stay equal."""
-    base, tuned = contents(model), {}
-    nudged = searching.nudged(base)
-    seen: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        first = seen.setdefault(tensor.data_ptr(), name)
-        tuned[name] = nudged[first].clone()
-    return tuned
 
 
 # ---- gates and slopes ----------------------------------------------------------------------------
@@ -187,21 +68,11 @@ def test_gates_and_slopes_are_the_dense_ones(kind: str) -> None:
             torch.testing.assert_close(candidates.slopes, slopes, rtol=1e-5, atol=1e-8)
             assert candidates.slopes.count_nonzero() > len(slopes) / 3
         assert candidates.count == graft.nnz
-        assert torch.equal(candidates.changes(), changes(graft))
+        assert torch.equal(candidates.changes(), searching.changes(graft))
     assert searching.is_as_before(model, before)
     if isinstance(model, Turned):
         assert (model.room[1::2] == 7).all()  # what lies between the strides
         assert (model.room[:, 1::2] == 7).all()
-
-
-def changes(graft: Any) -> torch.Tensor:
-    """Fine-tuned minus base, from the graft's entries."""
-    parts = []
-    for dtype in graft.groups:
-        for row in (r for r in graft.rows if r.dtype == dtype):
-            entries = graft[row.name]
-            parts.append((searching.wide(entries.new) - searching.wide(entries.old)).float())
-    return torch.cat(parts)
 
 
 def test_all_gates_open_hold_the_fine_tuned_bits() -> None:
