@@ -215,3 +215,11 @@ def test_a_checkpoint_is_for_what_keeps_one(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"method '{name}' takes no checkpoint"):
         localize(model, tuned, loss, DATA, checkpoint=tmp_path / "search", **how)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"rate": float("nan")}, {"rate": -1.0}, {"prior": float("inf")}]
+)
+def test_hyper_parameters_of_learned(wrong: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=f"{next(iter(wrong))} .*: wanted"):
+        Learned(**wrong)

@@ -12,6 +12,7 @@ from hosts import State, contents, holds
 from hotgraft import Graft, attach, diff, fingerprint, localize
 from hotgraft.errors import (
     BaseMismatchError,
+    GateError,
     SkillInUseError,
 )
 from hotgraft.search import METHODS, FirstOrder, Method
@@ -261,6 +262,31 @@ def test_a_host_with_a_live_skill_keeps_it() -> None:
     host.deactivate()
     assert holds(model, base)
     host.detach()
+
+
+def test_a_commit_from_inside_the_loss_is_refused() -> None:
+    """What it wrote would be lost when the search puts the base back."""
+    model, base, tuned, _ = pair()
+    host = attach(model)
+    host.load(diff(base, tuned, count=20), name="skill")
+
+    def switching(model: Net, batch: Any) -> torch.Tensor:
+        host.activate("skill")
+        return loss(model, batch)
+
+    with pytest.raises(GateError):
+        found("learned", model, tuned, loss=switching)
+    assert holds(model, base)
+    host.activate("skill")  # and afterwards it goes on
+    host.detach(force=True)
+
+
+def test_the_loss_s_scale_does_not_matter() -> None:
+    """Slopes whose squares are no number in fp32, at both ends."""
+    plain = found("learned")
+    for scale in (2.0**-80, 2.0**60):
+        scaled = found("learned", loss=lambda model, batch, by=scale: loss(model, batch) * by)
+        assert scaled.mask == plain.mask
 
 
 def Net_of(state: State) -> Net:  # noqa: N802 - a Net

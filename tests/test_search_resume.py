@@ -158,7 +158,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(
 
 
 def test_a_folder_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(DataError, match="there is no folder .*missing"):
         search(tmp_path / "missing" / "search")
 
 
@@ -211,7 +211,7 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     ("how", "found", "wanted"),
     [
         ({"seed": 4}, '"seed": 3', '"seed": 4'),
-        ({"count": 13}, '"count": 12', '"count": 13'),
+        ({"count": 13}, '"budget": 12', '"budget": 13'),
         ({"steps": STEPS + 1}, f'"steps": {STEPS}', f'"steps": {STEPS + 1}'),
         ({"method": Learned(STEPS, rate=0.3)}, '"rate": ', '"rate": 0.3'),
         ({"method": Learned(STEPS, prior=0.7)}, '"prior": 0.5', '"prior": 0.7'),

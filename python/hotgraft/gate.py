@@ -252,3 +252,9 @@ def install(module: torch.nn.Module, gate: Gate, *, inner: bool = False) -> Call
             module.__dict__["forward"] = before
 
     return remove
+
+
+def gate_of(module: torch.nn.Module) -> Gate | None:
+    """The gate in front of a module, if a host is attached to it."""
+    forward = module.forward
+    return forward._gate if isinstance(forward, GatedForward) else None

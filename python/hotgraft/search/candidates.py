@@ -21,6 +21,7 @@ from hotgraft import kernels
 from hotgraft.batches import Loss, scalar
 from hotgraft.errors import DataError, HostChangedError, NonFiniteError, ParameterError
 from hotgraft.format import DTYPES, Bits, Group, Row, dtype_of
+from hotgraft.gate import gate_of
 from hotgraft.graft import Graft, bit_view
 from hotgraft.kernels import Backend
 from hotgraft.placement import compile_plan, find_slots, fit, resolve_backends
@@ -60,7 +61,8 @@ class Candidates:
     """The entries of a graft as gates on a model that holds the graft's base.
 
     A context manager: meanwhile the model is in evaluation mode and only the parameters with
-    candidates require a gradient; at the end the weights are the base's again, bit for bit.
+    candidates require a gradient; at the end the weights are the base's again, bit for bit. Where a
+    host is attached to the model, its commits wait until then, and one from inside is a GateError.
 
     Args:
         model: holds the base.
@@ -142,7 +144,10 @@ class Candidates:
         return torch.cat([_change(kind).float() for kind in self._kinds])
 
     def __enter__(self) -> Candidates:
+        gate = gate_of(self._model)
         with contextlib.ExitStack() as stack:
+            if gate is not None:  # what a commit wrote meanwhile would be lost at the end
+                stack.enter_context(gate.holding())
             stack.enter_context(_evaluating(self._model))
             stack.enter_context(_only_required(self._model, self._parts))
             stack.callback(self._restore)

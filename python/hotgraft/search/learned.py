@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from hotgraft.batches import endless
 from hotgraft.errors import DataError, FormatError
 from hotgraft.files import replacing
+from hotgraft.format import creator
 from hotgraft.search.candidates import Candidates
-from hotgraft.search.method import Search, Step, largest_affordable
+from hotgraft.search.method import Search, Step, largest_affordable, require_positive
 
 PROBES = 4
 """Batches on which the loss of the base and that of all candidates are measured."""
@@ -43,13 +45,12 @@ class Learned:
         s <- s - rate x slope / scale,   slope = dL/dg,
 
     where scale is the running root mean square of the candidates' slopes, a slope of more than six
-    times it counts as six times (one batch is no evidence for more), and the rate falls linearly to
-    a fifth. The slope is taken with
-    respect to the gate and not to the score: the entropy of a gate is the mirror map, so no factor
-    sigmoid' stalls what is almost in or out, which is what makes the paper's step hard to tune; and
-    dividing by the scale makes it the same for every model and loss. Scores grow as evidence
-    gathers, so the gates harden by themselves. What is kept in the end are the `count` highest
-    scores.
+    times it counts as six times (one batch is no evidence for more), and the rate falls linearly
+    towards a fifth. The slope is taken with respect to the gate and not to the score: the entropy
+    of a gate is the mirror map, so no factor sigmoid' stalls what is almost in or out, which is
+    what makes the paper's step hard to tune; and dividing by the scale makes it the same for every
+    model and loss. Scores grow as evidence gathers, so the gates harden by themselves. What is kept
+    in the end are the highest scores.
 
     The scores start from the magnitude base: s = prior x log |change|.
 
@@ -67,6 +68,12 @@ class Learned:
     rate: float = 0.8
     prior: float = 0.5
     name: ClassVar[str] = "learned"
+
+    def __post_init__(self) -> None:
+        require_positive(steps=self.steps)
+        for name, number in (("rate", self.rate), ("prior", self.prior)):
+            if not (math.isfinite(number) and number >= 0):
+                raise DataError(f"{name} {number}: wanted a finite number of at least 0")
 
     def pool(self, count: int, eligible: int, base_nbytes: int) -> int:
         return largest_affordable(count, eligible, base_nbytes)
@@ -92,9 +99,13 @@ class _Run:
         self._square = 0.0  # running mean of the squared slopes
         self._loss = 0.0  # running mean of the loss
         self._ends: tuple[float, float] | None = None  # the loss of the base and of all candidates
-        if search.checkpoint is not None and Path(search.checkpoint).exists():
-            self._load(Path(search.checkpoint))
-            return
+        if search.checkpoint is not None:
+            path = Path(search.checkpoint)
+            if path.exists():
+                self._load(path)
+                return
+            if not path.parent.is_dir():
+                raise DataError(f"{path}: there is no folder {str(path.parent)!r}; make it first")
         tiny = torch.finfo(torch.float32).tiny
         self.scores = method.prior * candidates.changes().abs().clamp_(min=tiny).log_()
         if not isinstance(search.data, Iterator):  # which could not be read again
@@ -119,7 +130,8 @@ class _Run:
         place = f"step {self.step} of {method.steps}"
         loss = candidates.differentiate(search.loss, batch, place)
         slopes = candidates.slopes
-        square = float(slopes.square().mean())
+        norm = float(torch.linalg.vector_norm(slopes, dtype=torch.float64))  # no underflow
+        square = norm * norm / len(slopes)
         self._square += (1 - _weight(self.step)) * (square - self._square)
         self._loss += (1 - _weight(self.step)) * (loss - self._loss)
         if self._square > 0:
@@ -159,7 +171,8 @@ class _Run:
         """What a checkpoint must be of, to go on from it."""
         search = self._search
         method = {"name": self._method.name, **asdict(self._method)}
-        about = {"candidates": self._candidates.graft.id, "count": search.budget}
+        about = {"candidates": self._candidates.graft.id, "budget": search.budget}
+        about["creator"] = creator()
         return json.dumps({**about, "seed": search.seed, "method": method}, sort_keys=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -54,7 +54,8 @@ def localize(
     Args:
         base: a live module with the base's weights, which the loss can run. It is searched in
             place, in evaluation mode, and holds its own weights again at the end, bit for bit, also
-            after an exception. `magnitude` and `random` take any weights, as `diff` does.
+            after an exception. A skill that is live in it is part of the base; a host's commits
+            wait meanwhile. `magnitude` and `random` take any weights, as `diff` does.
         finetuned: a module, state dict, file or folder; files are streamed.
         loss: any function of the model and a batch that returns a scalar: the loss of the skill.
         data: batches of any kind, read again from the start as often as needed. A sequence (a list
@@ -70,7 +71,8 @@ def localize(
             - `learned`: a relaxation whose gates always sum up to the budget.
         seed: of all that is random. The same seed, data and machine give the same graft.
         base_id: the base's `fingerprint`, to be stored.
-        checkpoint: a file that `learned` saves its state to, and goes on from if it is there.
+        checkpoint: a file that `learned` saves its state to, and goes on from if it is there: to
+            the same graft, if loss and data are the same too, which it cannot see.
         progress: called after each step.
 
     `learned` and the four scores choose among the largest changes only, which bounds their memory;
