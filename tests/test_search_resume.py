@@ -158,7 +158,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(
 
 
 def test_a_folder_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder .*missing"):
+    with pytest.raises(DataError, match=r"there is no folder .*missing"):
         search(tmp_path / "missing" / "search")
 
 

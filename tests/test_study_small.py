@@ -7,9 +7,10 @@ from pathlib import Path
 import hotgraft
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from bench.studies.localization import grid
 from bench.studies.localization.lab import Lab
-from safetensors.torch import load_file
 
 RECIPE = grid.Recipe(steps=50, batch=16, texts=300, ood_texts=50, learned_steps=32)
 CELL = grid.Cell("kind", "sgd", 0)
@@ -72,9 +73,10 @@ def test_a_density_of_one_is_the_finetuned_model(lab: Lab) -> None:
 
 
 def test_rows_are_resumed(lab: Lab, tmp_path: Path) -> None:
+    from rich.progress import Progress
+
     from bench.studies.localization.rows import Rows
     from bench.studies.localization.run import run
-    from rich.progress import Progress
 
     small = grid.Grid((CELL,), ("magnitude", "random"), (DENSITY,))
     path = tmp_path / "rows.jsonl"
