@@ -29,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For work so small that it only waits for other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 WORKSHOPS = [
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("reference", "cpu"), id="reference"),

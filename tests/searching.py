@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import factories
-import pytest
 import torch
 from hosts import State, contents, holds
 from hotgraft import Graft, diff
@@ -39,15 +38,6 @@ QUICK: Mapping[str, str | Method] = {
 }
 """Every method, few steps of each."""
 SEARCHES = {name: method for name, method in QUICK.items() if not isinstance(method, str)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Work this small only waits for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -16,11 +16,11 @@ from hotgraft import console, tasks
 from hotgraft.cli import app
 from hotgraft.search import METHODS, Learned
 from rich.console import Console
-from tiny_task import one_thread
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-__all__ = ["one_thread"]  # a fixture: pytest finds it in this module by its name
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 OUT = "out.graft.safetensors"
 QUICK = ("localize", "task.toml", "-o", OUT, "--steps", "30")

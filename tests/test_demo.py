@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,15 +61,6 @@ def tiny_task(name: str) -> Task:
     labels = torch.tensor([(i + turn) % 3 for i in range(len(texts))])
     split = Split(tuple(texts), labels, tuple(map(str, range(len(texts)))))
     return Task(name, "What is it?", names, names, split, split)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Work this small only waits for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

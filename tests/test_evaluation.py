@@ -17,19 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional import classification as judge
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCORES = [field.name for field in fields(Scores)]
 EVERYWHERE = (-math.inf, math.inf)
 
 Table = list[list[float]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are small: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- the plain one: a text at a time, in Python's own numbers ---------------------------------

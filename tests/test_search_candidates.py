@@ -21,9 +21,11 @@ from hotgraft.errors import (
     ParameterError,
 )
 from hotgraft.search.candidates import Candidates
-from searching import Net, batches, loss, one_thread, pair, tuned_for  # noqa: F401
+from searching import Net, batches, loss, pair, tuned_for
 from searching_models import MODELS, Experts, Mixed, Spoken, Tied, Turned
 from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH = batches(1)[0]
 

@@ -7,9 +7,9 @@ import torch
 from hosts import contents, holds
 from hotgraft import diff, localize
 from hotgraft.search.candidates import Candidates
-from searching import QUICK, SEARCHES, batches, loss, one_thread, pair  # noqa: F401
+from searching import QUICK, SEARCHES, batches, loss, pair
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
 
 
 def on_gpu(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

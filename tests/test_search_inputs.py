@@ -21,7 +21,9 @@ from hotgraft.errors import (
 )
 from hotgraft.search import METHODS, Learned
 from safetensors.torch import save_file
-from searching import QUICK, SEARCHES, Net, batches, loss, one_thread, pair  # noqa: F401
+from searching import QUICK, SEARCHES, Net, batches, loss, pair
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = batches(4)
 OTHER = Net()

@@ -17,7 +17,9 @@ from hotgraft.errors import (
 )
 from hotgraft.search import METHODS, FirstOrder, Method
 from safetensors.torch import save_file
-from searching import QUICK, SEARCHES, Net, batches, loss, one_thread, pair  # noqa: F401
+from searching import QUICK, SEARCHES, Net, batches, loss, pair
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = batches(4)
 ELIGIBLE = sum(p.numel() for p in Net().parameters())

@@ -12,9 +12,11 @@ import torch
 from hotgraft import diff
 from hotgraft.search.candidates import Candidates
 from hotgraft.search.method import PER_CANDIDATE, largest_affordable
-from searching import batches, loss, one_thread, pair  # noqa: F401
+from searching import batches, loss
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Deep(nn.Module):

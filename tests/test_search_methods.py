@@ -23,8 +23,10 @@ from hotgraft.search import (
 from hotgraft.search.candidates import Candidates
 from hotgraft.search.choice import largest
 from hotgraft.search.method import PER_CANDIDATE, largest_affordable
-from searching import Net, batches, loss, one_thread, pair  # noqa: F401
+from searching import Net, batches, loss, pair
 from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = batches(4)
 

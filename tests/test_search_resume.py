@@ -18,7 +18,9 @@ from hotgraft.errors import DataError, FormatError
 from hotgraft.search import Learned, Step
 from hotgraft.search.learned import SAVE_EVERY
 from safetensors.torch import load_file, save_file
-from searching import batches, loss, one_thread, pair  # noqa: F401
+from searching import batches, loss, pair
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 2 * SAVE_EVERY + 10
 DATA = batches(7)

@@ -16,11 +16,11 @@ from hotgraft import tasks
 from hotgraft.errors import DataError, FormatError
 from hotgraft.tasks import Prototypes, write_weights
 from safetensors.torch import load_file, save_file
-from tiny_task import one_thread
 from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 from transformers.utils import logging
 
-__all__ = ["one_thread"]  # a fixture: pytest finds it in this module by its name
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 # ---- a task file, opened -------------------------------------------------------------------------
 

@@ -12,11 +12,10 @@ import torch
 from hotgraft import tasks
 from hotgraft.errors import DataError
 from hotgraft.tasks import Head, Prototypes, Split, Tokens, embed
-from tiny_task import one_thread
 from torch import nn
 from transformers import BertForSequenceClassification
 
-__all__ = ["one_thread"]  # a fixture: pytest finds it in this module by its name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counting:

@@ -14,17 +14,10 @@ from hotgraft.errors import CoverageError, DataError, HotgraftError, NonFiniteEr
 from torch import nn
 from torch.utils.data import DataLoader
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = torch.arange(24).view(4, 6) % 13
 BATCHES = [TOKENS[:2], TOKENS[2:]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Work this small only waits for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -16,15 +16,13 @@ from hotgraft.graft import bits
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 from transformers.utils import logging
 
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Work this small only waits for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     yield
-    torch.set_num_threads(before)
     logging.enable_progress_bar()
 
 

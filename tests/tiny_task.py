@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from hotgraft import tasks, train
 from tokenizers import Tokenizer
@@ -45,15 +43,6 @@ fonts = "font"
 net = "mail"
 """
 HEAD = TASK.partition("[readout]")[0] + '[readout]\nkind = "head"\n'
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Work this small only waits for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
