@@ -17,6 +17,7 @@ from hotgraft import Graft, diff, localize
 from hotgraft.errors import DataError, FormatError
 from hotgraft.search import Learned, Step
 from hotgraft.search.learned import SAVE_EVERY
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from searching import batches, loss, pair
 
@@ -82,7 +83,7 @@ def test_it_goes_on_bit_for_bit(stop: int, kind: str, tmp_path: Path) -> None:
         search(path, stop, data=data, loss=watched)
     assert told == uninterrupted[:stop]
     saved = (stop - 1) // SAVE_EVERY * SAVE_EVERY  # a step is saved once its progress was told
-    assert path.exists() == (saved > 0)
+    assert path.exists()  # also before the first step
     told.clear()
     assert search(path, data=data, loss=watched) == whole
     assert told == uninterrupted[saved:]
@@ -115,8 +116,55 @@ def test_a_search_that_is_done_is_done(tmp_path: Path) -> None:
     whole = search(path)
     before = path.read_bytes()
 
-    assert search(path, loss=lambda: None) == whole  # it is not called any more
+    steps: list[torch.Tensor] = []
+
+    def counted(model: Any, batch: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            steps.append(batch)
+        return loss(model, batch)
+
+    assert search(path, loss=counted) == whole
+    assert not steps
     assert path.read_bytes() == before
+
+
+def test_another_loss_does_not_go_on_from_it(tmp_path: Path) -> None:
+    """Two tasks of one model have the same candidates: only the losses tell them apart."""
+    path = tmp_path / "search"
+    search(path)
+
+    def other(model: Any, batch: Any) -> torch.Tensor:
+        return loss(model, (batch[0], batch[1].roll(1, 0)))
+
+    for how in ({"loss": other}, {"data": batches(7, seed=9)}):
+        with pytest.raises(DataError, match="another search: the loss of the base"):
+            search(path, **how)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensors: tensors["scores"][:-1],
+        lambda tensors: tensors["scores"].double(),
+        lambda tensors: tensors["scores"] * float("nan"),
+        lambda tensors: {"numbers": tensors["numbers"][:2]},
+        lambda tensors: {"numbers": tensors["numbers"].index_fill(0, torch.tensor(0), -5.0)},
+        lambda tensors: {"numbers": tensors["numbers"].index_fill(0, torch.tensor(0), 1e3)},
+        lambda tensors: {"numbers": tensors["numbers"].index_fill(0, torch.tensor(0), 2.5)},
+        lambda tensors: {"numbers": tensors["numbers"] * float("nan")},
+    ],
+)
+def test_a_damaged_body_is_found(spoil: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "search"
+    search(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    spoilt = spoil(tensors)
+    spoilt = spoilt if isinstance(spoilt, dict) else {"scores": spoilt}
+    save_file({**tensors, **spoilt}, path, metadata)
+    with pytest.raises(FormatError, match="a damaged checkpoint"):
+        search(path)
 
 
 def test_an_iterator_has_to_begin_anew(tmp_path: Path) -> None:

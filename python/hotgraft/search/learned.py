@@ -30,6 +30,8 @@ CLIP = 6.0
 """The largest slope that counts, in units of their root mean square."""
 FALL = 0.8
 """By which part the rate falls from the first step to the last."""
+SAME = 1e-3
+"""By which part a loss may differ, on another number of threads, and still count as the same."""
 SAVE_EVERY = 25
 """Steps between two checkpoints."""
 
@@ -54,17 +56,18 @@ class Learned:
 
     The scores start from the magnitude base: s = prior x log |change|.
 
-    Memory beyond the model and a batch's activations: 56 bytes a candidate, and the dense gradient
+    Memory beyond the model and a batch's activations: 64 bytes a candidate, and the dense gradient
     of one tensor at a time. The pool is a hundred times the budget, as far as a quarter of the
-    base's memory goes, but at least twice the budget. Time: a training step's for each step, less
-    the optimiser's.
+    base's memory goes; but at least twice the budget, for there must be something to choose from,
+    so budgets above some hundredth of the model take more: 128 bytes an entry. Time: a training
+    step's for each step, less the optimiser's.
 
     Args:
         steps: one batch each.
         rate, prior: as above, the rate being that of the first step.
     """
 
-    steps: int = 300
+    steps: int = 200
     rate: float = 0.8
     prior: float = 0.5
     name: ClassVar[str] = "learned"
@@ -99,17 +102,18 @@ class _Run:
         self._square = 0.0  # running mean of the squared slopes
         self._loss = 0.0  # running mean of the loss
         self._ends: tuple[float, float] | None = None  # the loss of the base and of all candidates
-        if search.checkpoint is not None:
-            path = Path(search.checkpoint)
-            if path.exists():
-                self._load(path)
-                return
-            if not path.parent.is_dir():
-                raise DataError(f"{path}: there is no folder {str(path.parent)!r}; make it first")
-        tiny = torch.finfo(torch.float32).tiny
-        self.scores = method.prior * candidates.changes().abs().clamp_(min=tiny).log_()
+        path = None if search.checkpoint is None else Path(search.checkpoint)
+        if path is not None and not path.parent.is_dir():
+            raise DataError(f"{path}: there is no folder {str(path.parent)!r}; make it first")
         if not isinstance(search.data, Iterator):  # which could not be read again
             self._ends = self._probe(0.0), self._probe(1.0)
+        if path is not None and path.exists():
+            self._load(path)
+            return
+        tiny = torch.finfo(torch.float32).tiny
+        self.scores = candidates.changes().abs_().clamp_(min=tiny).log_().mul_(method.prior)
+        if path is not None:
+            self.save(path)  # at once: that it cannot be written is better known now
 
     def _probe(self, gate: float) -> float:
         """The loss with all gates alike."""
@@ -130,14 +134,16 @@ class _Run:
         place = f"step {self.step} of {method.steps}"
         loss = candidates.differentiate(search.loss, batch, place)
         slopes = candidates.slopes
-        norm = float(torch.linalg.vector_norm(slopes, dtype=torch.float64))  # no underflow
-        square = norm * norm / len(slopes)
-        self._square += (1 - _weight(self.step)) * (square - self._square)
+        largest = float(torch.linalg.vector_norm(slopes, math.inf))
+        if largest > 0:
+            slopes /= largest  # so that squares neither vanish nor overflow
+        root = largest * float(torch.linalg.vector_norm(slopes)) / len(slopes) ** 0.5
+        self._square += (1 - _weight(self.step)) * (root * root - self._square)
         self._loss += (1 - _weight(self.step)) * (loss - self._loss)
-        if self._square > 0:
+        if self._square > 0 and largest > 0:
             rate = method.rate * (1 - FALL * (self.step - 1) / method.steps)
-            scale = self._square**0.5
-            self.scores.sub_(slopes.clamp_(-CLIP * scale, CLIP * scale), alpha=rate / scale)
+            unit = self._square**0.5 / largest
+            self.scores.sub_(slopes.clamp_(-CLIP * unit, CLIP * unit), alpha=rate / unit)
         search.progress(Step(self.step, method.steps, search.budget, self._loss, self._recovery()))
 
     def _gates(self) -> torch.Tensor:
@@ -147,14 +153,15 @@ class _Run:
             return torch.ones_like(self.scores)
         low, high = float(self.scores.min()) - 60, float(self.scores.max()) + 60
         at = min(max(self._threshold, low), high)
+        exact = max(1e-4 * min(count, len(self.scores) - count), 1e-6 * count)
         for _ in range(60):  # Newton's steps, in a bracket that is halved where they leave it
-            gates = torch.sigmoid(self.scores - at)
-            surplus = float(gates.sum(dtype=torch.float64)) - count
-            if abs(surplus) < 1e-4 * count:
+            gates = torch.sub(self.scores, at).sigmoid_()
+            total = float(gates.sum())
+            if abs(total - count) < exact:
                 break
-            low, high = (at, high) if surplus > 0 else (low, at)
-            slope = float((gates * (1 - gates)).sum(dtype=torch.float64))
-            at = at + surplus / slope if slope > 0 else low
+            low, high = (at, high) if total > count else (low, at)
+            slope = total - float(torch.dot(gates, gates))  # the sum of g (1 - g)
+            at = at + (total - count) / slope if slope > 0 else low
             if not low < at < high:
                 at = (low + high) / 2
         self._threshold = at
@@ -183,19 +190,48 @@ class _Run:
             file.write(safetensors.torch.save(tensors, {"hotgraft.search": self._identity()}))
 
     def _load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            FormatError: it is none.
+            DataError: it is another search's, as far as can be seen: the loss at both ends is told
+                apart, not the data themselves.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 found = (file.metadata() or {}).get("hotgraft.search")
                 self.scores, numbers = file.get_tensor("scores"), file.get_tensor("numbers")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise FormatError(f"{path}: not a checkpoint of a search: {error}") from error
         if found != self._identity():
             raise DataError(
                 f"{path} is the checkpoint of another search: found {found}, wanted "
                 f"{self._identity()}; name another file, or remove this one to start anew"
             )
-        step, self._threshold, self._square, self._loss, *ends = numbers.tolist()
-        self.step, self._ends = int(step), (ends[0], ends[1]) if ends else None
+        values = numbers.double().flatten().tolist()
+        steps = self._method.steps
+        if (
+            (self.scores.dtype, self.scores.shape) != (torch.float32, (self._candidates.count,))
+            or not torch.isfinite(self.scores).all()
+            or len(values) not in (4, 6)
+            or not all(map(math.isfinite, values))
+            or values[0] not in range(steps + 1)
+        ):
+            raise FormatError(
+                f"{path}: a damaged checkpoint: wanted {self._candidates.count} finite fp32 scores "
+                f"and a step of at most {steps}; remove it to start anew"
+            )
+        step, self._threshold, self._square, self._loss, *ends = values
+        self.step = int(step)
+        if self._ends is not None and ends:
+            for now, then in zip(self._ends, ends, strict=True):
+                if abs(now - then) > SAME * (abs(now) + abs(then)):
+                    raise DataError(
+                        f"{path} is the checkpoint of another search: the loss of the base and of "
+                        f"all candidates was {ends[0]:g} and {ends[1]:g}, now it is "
+                        f"{self._ends[0]:g} and {self._ends[1]:g}. Give the loss and data that it "
+                        "began with, or name another file"
+                    )
 
 
 def _weight(step: int) -> float:
