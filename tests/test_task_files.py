@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -180,6 +181,41 @@ def test_a_heads_labels_are_its_names_or_numbers(tmp_path: Path) -> None:
         tasks.open_task(tasks.read_task(path))
 
 
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (("A", "A", "B"), r"base: its head calls both class 0 and class 1 'A'; .*id2label of conf"),
+        (("1", "0", "B"), r"base: its head calls class 0 '1', which is the number of another"),
+        (("A", "B", "1"), r"base: its head calls class 2 '1', which is the number of another"),
+    ],
+)
+def test_a_heads_names_say_which_class_is_meant(
+    tmp_path: Path, names: tuple[str, ...], complaint: str
+) -> None:
+    path = tiny_task.write(tmp_path, "head")
+    rename(tmp_path, names)
+    with pytest.raises(FormatError, match=complaint):
+        tasks.open_task(tasks.read_task(path))
+
+
+def test_a_heads_names_may_be_their_numbers(tmp_path: Path) -> None:
+    path = tiny_task.write(tmp_path, "head")
+    rename(tmp_path, ("0", "7", "2"))
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = '{"text": "a", "label": 1}\n{"text": "a", "label": "7"}\n{"text": "a", "label": 0}'
+        (tmp_path / name).write_text(rows)
+    task = tasks.open_task(tasks.read_task(path))
+    assert task.classes == ("0", "7", "2")
+    assert task.train.labels.tolist() == [1, 1, 0]
+
+
+def rename(folder: Path, names: tuple[str, ...]) -> None:
+    """Give the classes of a base's head other names."""
+    path = folder / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"id2label": dict(enumerate(names)), "label2id": {}}))
+
+
 GOOD = b'{"text": "a", "label": "net"}\n'
 
 
@@ -196,6 +232,18 @@ GOOD = b'{"text": "a", "label": "net"}\n'
         ("t.jsonl", b"{}", "there are none"),
         ("t.jsonl", b'{"text": 1, "label": "net"}', "line 1: 'text' is 1; wanted a text"),
         ("t.jsonl", b'{"text": " ", "label": "net"}', "line 1: 'text' is ' '; wanted a text"),
+        (
+            "t.jsonl",
+            GOOD + GOOD[:-2] + b', "text": "b"}',
+            "line 2: the field 'text' is there twice",
+        ),
+        ("t.jsonl", GOOD[:-2] + b', "label": "net"}', r"t\.jsonl, line 1: the field 'label' is th"),
+        (
+            "t.jsonl",
+            GOOD + rb'{"text": "ab\ud800", "label": "net"}',
+            r"line 2: 'text' has '\\ud800', half of a character, as its character 2; mend",
+        ),
+        ("t.jsonl", codecs.BOM_UTF8 + GOOD + b'{"\xe4": 1}', r"line 2: not UTF-8 \(byte 0xe4\)"),
         ("t.jsonl", b'{"text": "a", "label": true}', "line 1: 'label' is True; wanted a str"),
         ("t.jsonl", b'{"text": "a", "label": null}', "'label' is None"),
         (
@@ -256,10 +304,23 @@ def test_bad_texts_are_refused_by_file_and_line(
         (
             "[readout]\n",
             "[readout]\ntemperature = nan\n",
-            r"readout\.temperature is nan; wanted a f",
+            r"readout\.temperature is nan; wanted a n",
         ),
         ("[readout]\n", "[readout]\ntemperature = inf\n", r"readout\.temperature is inf"),
-        ("[readout]\n", "[readout]\ntemperature = 0\n", "is 0; wanted a finite number above 0"),
+        ("[readout]\n", "[readout]\ntemperature = 0\n", r"is 0; wanted a number from 0\.0001 to 1"),
+        ("[readout]\n", "[readout]\ntemperature = 1e-300\n", r"line 11: readout\.temp.* is 1e-300"),
+        ("[readout]\n", "[readout]\ntemperature = 1.1e4\n", r"readout\.temperature is 11000\.0"),
+        ("[readout]\n", "[readout]\ntemperature = true\n", r"readout\.temperature is True"),
+        pytest.param(
+            "[readout]\n",
+            f"[readout]\ntemperature = 1{'0' * 400}\n",
+            r"line 11: readout\.temperature is 10{9,30}\.\.\.0+; wanted a number from 0\.0001",
+            id="beyond-a-float",
+        ),
+        pytest.param("batch = 8", f"batch = 1{'0' * 5000}", "task.toml: not TOML", id="digits"),
+        pytest.param(
+            "batch = 8", f"text = 0x{'f' * 5000}", r"text is (a very long int|<int.*); w", id="hex"
+        ),
         ("[model]", "[other]\n[model]", r"line 1: other is unknown; wanted one of 'data', 'model'"),
         (
             '"prototypes"',
@@ -286,8 +347,30 @@ def test_a_bad_task_file_is_refused_by_key_and_line(
         opened(folder, (old, new))
 
 
-def test_a_task_file_that_is_not_utf8(folder: Path) -> None:
-    (folder / "task.toml").write_bytes(tiny_task.TASK.encode() + b"# \xe4")
+@pytest.mark.parametrize("temperature", ["1e-4", "10000"])
+def test_the_ends_of_the_temperatures_still_count(folder: Path, temperature: str) -> None:
+    task = opened(folder, ("[readout]\n", f"[readout]\ntemperature = {temperature}\n"))
+    batch = task.readout.batch(task.train, range(6))
+    loss = task.readout.loss(task.base, batch)
+    loss.backward()
+    slopes = [p.grad for p in task.base.parameters() if p.grad is not None]
+    assert loss.isfinite()
+    assert all(slope.isfinite().all() for slope in slopes)
+    assert any(slope.any() for slope in slopes)
+
+
+def test_a_task_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    before = tasks.read_task(folder / "task.toml")
+    (folder / "task.toml").write_bytes(codecs.BOM_UTF8 + tiny_task.TASK.encode())
+    assert tasks.read_task(folder / "task.toml") == before
+    (folder / "task.toml").write_bytes(codecs.BOM_UTF8 + b"[other]\n" + tiny_task.TASK.encode())
+    with pytest.raises(FormatError, match="line 1: other is unknown"):
+        tasks.read_task(folder / "task.toml")
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_task_file_that_is_not_utf8(folder: Path, mark: bytes) -> None:
+    (folder / "task.toml").write_bytes(mark + tiny_task.TASK.encode() + b"# \xe4")
     with pytest.raises(FormatError, match=r"task\.toml, line 17: not UTF-8 \(byte 0xe4\)"):
         tasks.read_task(folder / "task.toml")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ def open_task(file: TaskFile) -> Task:
 
     Raises:
         DataError: the texts cannot be used.
-        FormatError: transformers does not make a whole model of the base's folder, or its read-out
-            is not there.
+        FormatError: transformers does not make a whole model of the base's folder, its read-out
+            is not there, or its head's classes cannot be told apart by name and number.
         HotgraftError: transformers is not installed.
 
     Example: `open_task(read_task("debian.toml")).train.texts[0]`.
@@ -96,10 +96,28 @@ def _classes(file: TaskFile, config: Any) -> tuple[str, ...]:
     """The labels, in the order of the logits."""
     if file.kind == "prototypes":
         return tuple(file.classes)
-    names: Mapping[int, str] = config.id2label
+    names: Mapping[int, object] = config.id2label
     if len(names) < 2:
         raise FormatError(f"{file.base}: its head has {len(names)} class; wanted two or more")
-    return tuple(names[i] for i in sorted(names))
+    classes = tuple(str(names[i]) for i in sorted(names))
+    _check_names(file.base, classes)
+    return classes
+
+
+def _check_names(base: Path, classes: Sequence[str]) -> None:
+    """Refuse names by which a label could be one class or another: texts may also give numbers."""
+    for i, name in enumerate(classes):
+        first = classes.index(name)
+        if first != i:
+            raise FormatError(
+                f"{base}: its head calls both class {first} and class {i} {name!r}; give each a "
+                "name of its own in id2label of config.json"
+            )
+        if name in map(str, range(len(classes))) and name != str(i):
+            raise FormatError(
+                f"{base}: its head calls class {i} {name!r}, which is the number of another; give "
+                "it a name that is no number in id2label of config.json"
+            )
 
 
 def _numbering(file: TaskFile, classes: tuple[str, ...]) -> Callable[[str], int]:

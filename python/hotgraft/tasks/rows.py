@@ -39,6 +39,7 @@ def read_split(path: Path, text: str, label: str, class_of: Callable[[str], int]
         found = _field(row, text, where, "text")
         if not isinstance(found, str) or not found.strip():
             raise DataError(f"{where}: {text!r} is {found!r}; wanted a text")
+        _check_characters(found, where, text)
         answer = _field(row, label, where, "label")
         if isinstance(answer, int) and not isinstance(answer, bool):
             answer = str(answer)
@@ -64,6 +65,17 @@ def _field(row: dict[str, Any], name: str, where: str, key: str) -> Any:
     return row[name]
 
 
+def _check_characters(text: str, where: str, name: str) -> None:
+    """Refuse half of a surrogate pair: JSON can write it, and no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name!r} has {text[error.start]!r}, half of a character, as its character "
+            f"{error.start}; mend the text or leave it out"
+        ) from error
+
+
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file, each with its line."""
     packed = path.suffix == ".gz"
@@ -79,9 +91,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
         raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}): convert it first"
+            f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}): convert it first"
         ) from error
     return _json_rows(path, text) if kind == ".jsonl" else _csv_rows(path, text)
 
@@ -92,12 +105,24 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = json.loads(content, object_pairs_hook=_object)
+        except DataError as error:
+            raise DataError(f"{path}, line {line}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {line}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {line}: a {type(row).__name__}; wanted a JSON object")
         yield line, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object: of a field that is there twice, nobody knows which one is meant."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise DataError(f"the field {name!r} is there twice; wanted it once")
+        found[name] = value
+    return found
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ KINDS = ("prototypes", "head")
 _NONE: Mapping[str, Any] = {}
 _SHORTEST = 3
 """Tokens: most tokenizers put one before a text and one after it."""
+_COLDEST, _HOTTEST = 1e-4, 1e4
+"""Temperatures: over less a cosine is no finite logit in the end, over more all are alike."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,15 @@ def read_task(path: str | os.PathLike[str]) -> TaskFile:
     path = Path(path)
     data = path.read_bytes()
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
         content = tomllib.loads(text)
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
         raise FormatError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}), which TOML is"
+            f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}), which TOML is"
         ) from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of thousands of digits
         raise FormatError(f"{path}: not TOML: {error}") from error
 
     file = _Table(path, text, "", content)
@@ -79,7 +82,7 @@ def read_task(path: str | os.PathLike[str]) -> TaskFile:
         max_tokens=texts.whole("max_tokens", 64, _SHORTEST),
         batch=texts.whole("batch", 32, 1),
         kind=kind,
-        temperature=readout.positive("temperature", 0.1) if prototypes else 1.0,
+        temperature=readout.number("temperature", 0.1, _COLDEST, _HOTTEST) if prototypes else 1.0,
         classes=_classes(readout) if prototypes else _NONE,
     )
     for table in (model, texts, readout):
@@ -128,14 +131,14 @@ class _Table:
         wanted = f"a table, [{self._name}.{key}]" if self._name else f"a table, [{key}]"
         found = self.take(key, wanted)
         if not isinstance(found, dict):
-            raise self.wrong(key, repr(found), wanted)
+            raise self.wrong(key, _shown(found), wanted)
         name = f"{self._name}.{key}" if self._name else key
         return _Table(self._path, self._text, name, found)
 
     def string(self, key: str, default: str | None = None) -> str:
         found = self.take(key, "a string", default)
         if not isinstance(found, str) or not found.strip():
-            raise self.wrong(key, repr(found), "a string that is not empty")
+            raise self.wrong(key, _shown(found), "a string that is not empty")
         return found
 
     def existing(self, key: str, wanted: str, there: Any) -> Path:
@@ -152,14 +155,14 @@ class _Table:
         wanted = f"a whole number from {least} on"
         found = self.take(key, wanted, default)
         if type(found) is not int or found < least:
-            raise self.wrong(key, repr(found), wanted)
+            raise self.wrong(key, _shown(found), wanted)
         return found
 
-    def positive(self, key: str, default: float) -> float:
-        wanted = "a finite number above 0"
+    def number(self, key: str, default: float, least: float, most: float) -> float:
+        wanted = f"a number from {least:g} to {most:g}"
         found = self.take(key, wanted, default)
-        if type(found) not in (int, float) or not 0 < found < math.inf:
-            raise self.wrong(key, repr(found), wanted)
+        if type(found) not in (int, float) or not least <= found <= most:
+            raise self.wrong(key, _shown(found), wanted)
         return float(found)
 
     def no_more(self) -> None:
@@ -168,6 +171,14 @@ class _Table:
             if key not in self._taken:
                 known = ", ".join(map(repr, sorted(self._taken)))
                 raise self.wrong(key, "unknown", f"one of {known}")
+
+
+def _shown(found: object) -> str:
+    """A value for a message, however long it is."""
+    try:
+        return reprlib.repr(found)
+    except ValueError:  # Python writes no number of more than some thousand digits
+        return f"a very long {type(found).__name__}"
 
 
 def _line_of(text: str, table: str, key: str) -> int | None:
