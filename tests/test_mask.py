@@ -141,6 +141,26 @@ def test_overlap_of_nothing_is_nothing():
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            Mask({"w": ((9,), [0, 1])}),
+            "overlap of a Mask; wanted a list of grafts or masks, [a, b]",
+        ),
+        (Mask({}), "overlap of a Mask; wanted a list"),
+        (graft_of([0, 1]), "overlap of a Graft; wanted a list"),
+        (None, "overlap of a NoneType; wanted a list"),
+        ([None], "item 0 to overlap is a NoneType; wanted grafts or masks"),
+        ([Mask({}), "a.graft.safetensors"], "item 1 to overlap is a str; wanted grafts or masks"),
+    ],
+)
+def test_overlap_is_of_several_grafts_or_masks(given, message):
+    for eligible in (None, 9):
+        with pytest.raises(GraftError, match=re.escape(message)):
+            overlap(given, eligible=eligible)
+
+
+@pytest.mark.parametrize(
     ("every", "eligible", "message"),
     [
         (

@@ -303,8 +303,8 @@ def overlap(masks: Iterable[Graft | Mask], *, eligible: int | None = None) -> Ov
             not `covered`, which is another one for each) and the same number need no telling.
 
     Raises:
-        GraftError: a tensor has different shapes in two of them, or all of them together have more
-            entries than are eligible.
+        GraftError: one of them is neither a graft nor a mask, a tensor has different shapes in two
+            of them, or all of them together have more entries than are eligible.
 
     Example:
         >>> a, b = Mask({"w": ((9,), [0, 1])}), Mask({"w": ((9,), [1, 2, 3, 4])})
@@ -313,7 +313,7 @@ def overlap(masks: Iterable[Graft | Mask], *, eligible: int | None = None) -> Ov
         >>> overlap([a, b], eligible=9).chance[0, 1].item()
         0.8888888888888888
     """
-    given = list(masks)
+    given = _masks(masks)
     every = [m.mask if isinstance(m, Graft) else m for m in given]
     counts = np.array([[(a & b).nnz for b in every] for a in every], np.int64)
     counts = counts.reshape(len(every), len(every))
@@ -340,6 +340,25 @@ def overlap(masks: Iterable[Graft | Mask], *, eligible: int | None = None) -> Ov
         chance=chance.reshape(counts.shape),
         similarity=similarity.reshape(counts.shape),
     )
+
+
+def _masks(given: Iterable[Graft | Mask]) -> list[Graft | Mask]:
+    """Several, as a list: a mask is itself an iterable, of names.
+
+    Raises:
+        GraftError: they are not several, or something else is among them.
+    """
+    if isinstance(given, Graft | Mask) or not isinstance(given, Iterable):
+        raise GraftError(
+            f"overlap of a {type(given).__name__}; wanted a list of grafts or masks, [a, b]"
+        )
+    several = list(given)
+    for i, one in enumerate(several):
+        if not isinstance(one, Graft | Mask):
+            raise GraftError(
+                f"item {i} to overlap is a {type(one).__name__}; wanted grafts or masks"
+            )
+    return several
 
 
 def _by_chance(both: int, one: int, other: int, eligible: int) -> tuple[float, float]:

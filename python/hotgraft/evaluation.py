@@ -271,6 +271,7 @@ def _check(
             raise EvaluationError(
                 f"{name} is {found}; give a tensor of floats [texts, classes], not yet softmaxed"
             )
+        _check_values(name, given)
         shape = list(given.shape)
         if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
             raise EvaluationError(
@@ -286,6 +287,7 @@ def _check(
     if not isinstance(labels, torch.Tensor) or labels.dtype not in _WHOLE:
         found = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise EvaluationError(f"labels is {found}; give an int64 tensor [texts]")
+    _check_values("labels", labels)
     if labels.shape != (texts,):
         raise EvaluationError(
             f"labels has shape {list(labels.shape)}; [{texts}] is wanted, one a text"
@@ -299,7 +301,20 @@ def _check(
         )
 
 
+def _check_values(name: str, given: torch.Tensor) -> None:
+    """Refuse a tensor whose elements are not all in memory."""
+    if given.is_meta:
+        raise EvaluationError(f"{name} is on the device meta, where it has no values; compute them")
+    if given.layout != torch.strided or given.is_nested:
+        layout = "nested" if given.is_nested else str(given.layout).removeprefix("torch.")
+        raise EvaluationError(f"{name} is {layout}; give a dense tensor")
+
+
 def _whole(name: str, given: SupportsIndex, least: int) -> int:
-    if not isinstance(given, SupportsIndex) or operator.index(given) < least:
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = least - 1
+    if isinstance(given, bool) or number < least:
         raise EvaluationError(f"{name} {given!r} is not a whole number from {least} on")
-    return operator.index(given)
+    return number
