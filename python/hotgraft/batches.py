@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from hotgraft.errors import DataError, NonFiniteError
 
@@ -22,7 +25,9 @@ def endless(data: Iterable[Any], wanted: int, *, seed: int | None = None) -> Ite
         data: batches. An iterator, which cannot be read again, must have enough.
         wanted: how many will be taken, for the message.
         seed: where given and `data` is a sequence (a list of batches), each round has another
-            order, which the seed fixes.
+            order, which the seed fixes. While other data is read torch's generator of the CPU is
+            one that starts from the seed, so a shuffling `DataLoader`'s order is fixed too,
+            whatever else draws from torch's generator meanwhile.
 
     Raises:
         DataError: `data` is nothing to read, has no batch, or ended early.
@@ -40,10 +45,18 @@ def endless(data: Iterable[Any], wanted: int, *, seed: int | None = None) -> Ite
 
 
 def _rounds(data: Iterable[Any], wanted: int, seed: int | None) -> Iterator[Any]:
+    def order(round_: int) -> Iterable[Any]:
+        if seed is None:
+            return data
+        if isinstance(data, Sequence):
+            return _shuffled(data, seed, round_)
+        return _drawing(data, states)
+
+    states = [] if seed is None else [torch.Generator().manual_seed(seed).get_state()]
     taken = 0
     for round_ in itertools.count():
         before = taken
-        for batch in _shuffled(data, seed, round_):
+        for batch in order(round_):
             taken += 1
             yield batch
         if taken == 0:
@@ -55,11 +68,61 @@ def _rounds(data: Iterable[Any], wanted: int, seed: int | None) -> Iterator[Any]
             )
 
 
-def _shuffled(data: Iterable[Any], seed: int | None, round_: int) -> Iterable[Any]:
-    if seed is None or not isinstance(data, Sequence):
-        return data
+def _shuffled(data: Sequence[Any], seed: int, round_: int) -> Iterable[Any]:
     generator = torch.Generator().manual_seed(hash((seed, round_)) % 2**63)
     return (data[i] for i in torch.randperm(len(data), generator=generator).tolist())
+
+
+def _drawing(data: Iterable[Any], states: list[torch.Tensor]) -> Iterator[Any]:
+    """A round of data whose random numbers are a stream of their own; keeps where it is."""
+    batches = None
+    done = object()
+    while True:
+        before = torch.get_rng_state()
+        torch.set_rng_state(states[0])
+        try:
+            batches = iter(data) if batches is None else batches
+            batch = next(batches, done)
+        finally:
+            states[0] = torch.get_rng_state()
+            torch.set_rng_state(before)
+        if batch is done:
+            return
+        yield batch
+
+
+def check_seed(seed: int) -> int:
+    """A seed as a plain number.
+
+    Raises:
+        DataError: it is not a whole number that torch's generators take.
+
+    Example:
+        >>> check_seed(3)
+        3
+    """
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise DataError(f"seed {seed!r}: wanted a whole number in 0 .. 2**63 - 1")
+    return number
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """The CPU's generator and those of the model's devices start from a seed, and are put back."""
+    if seed is None:
+        yield
+        return
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    numbers = [device.index for device in devices]
+    with torch.random.fork_rng(devices=numbers):
+        torch.default_generator.manual_seed(seed)
+        for number in numbers:
+            torch.cuda.default_generators[number].manual_seed(seed)
+        yield
 
 
 def scalar(value: object, place: str, *, differentiable: bool = True) -> float:

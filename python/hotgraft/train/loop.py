@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hotgraft.batches import Loss, endless, scalar
+from hotgraft.batches import Loss, check_seed, endless, scalar, seeded
 from hotgraft.errors import DataError, NonFiniteError
 from hotgraft.train import parameters
 
@@ -50,8 +50,8 @@ def finetune(
 
     Raises:
         NonFiniteError: the loss or the gradient of a step is not finite. That step was not taken.
-        DataError: there is no batch, an iterator ended early, or the loss is not a scalar that
-            depends on a trained tensor.
+        DataError: there is no batch, an iterator ended early, the loss is not a scalar that
+            depends on a trained tensor, or the seed is not a whole number in 0 .. 2**63 - 1.
         CoverageError: the optimizer trains nothing of the model.
 
     Example:
@@ -67,10 +67,12 @@ def finetune(
     steps = operator.index(steps)
     if steps < 1:
         raise DataError(f"steps {steps}: wanted at least 1")
+    if seed is not None:
+        check_seed(seed)
     parameters.require_common(optimizer, model)
     batches = endless(data, steps)
     losses: list[float] = []
-    with _only_trained(model, optimizer), _seeded(model, seed):
+    with _only_trained(model, optimizer), seeded(model, seed):
         for step in range(1, steps + 1):
             value = loss(model, next(batches))
             losses.append(scalar(value, f"step {step} of {steps}"))
@@ -100,21 +102,6 @@ def _only_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterato
             p.requires_grad_(flag)
         for p in trained:
             p.grad = None
-
-
-@contextlib.contextmanager
-def _seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """The CPU's generator and those of the model's devices start from a seed."""
-    if seed is None:
-        yield
-        return
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    numbers = [device.index for device in devices]
-    with torch.random.fork_rng(devices=numbers):
-        torch.default_generator.manual_seed(seed)
-        for number in numbers:
-            torch.cuda.default_generators[number].manual_seed(seed)
-        yield
 
 
 def _check_gradient(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
