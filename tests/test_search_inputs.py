@@ -76,7 +76,7 @@ EVERY: dict[str, tuple[Spoil, type[Exception], str]] = {
         CoverageError,
         "holds none of the 6 tensors",
     ),
-    "seed negative": (set_("seed", -1), DataError, "seed -1: wanted at least 0"),
+    "seed negative": (set_("seed", -1), DataError, r"seed -1: wanted a whole number in 0 .. 2\*\*63 - 1"),
     "missing tensor": (
         change("head.weight", None),
         CoverageError,

@@ -89,5 +89,9 @@ class PartialWarning(UserWarning):
     """Part of a graft was left out on request."""
 
 
+class UnreachedWarning(UserWarning):
+    """A search got no gradient for some of the tensors that it could choose from."""
+
+
 class AdoptWarning(UserWarning):
     """Skills were unloaded because they no longer fit the adopted base."""

@@ -256,5 +256,20 @@ def install(module: torch.nn.Module, gate: Gate, *, inner: bool = False) -> Call
 
 def gate_of(module: torch.nn.Module) -> Gate | None:
     """The gate in front of a module, if a host is attached to it."""
-    forward = module.forward
+    forward = getattr(module, "forward", None)
     return forward._gate if isinstance(forward, GatedForward) else None
+
+
+@contextlib.contextmanager
+def holding(model: object) -> Iterator[None]:
+    """Keep out the commits of every host that is attached to a model or to a part of it.
+
+    A host of a module around the model is not found: nothing leads from a module to its owners.
+    What is no module has no host.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    with contextlib.ExitStack() as stack:
+        for gate in dict.fromkeys(map(gate_of, modules)):
+            if gate is not None:
+                stack.enter_context(gate.holding())
+        yield

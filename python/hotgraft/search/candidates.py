@@ -17,11 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hotgraft import kernels
+from hotgraft import _native, kernels
 from hotgraft.batches import Loss, scalar
-from hotgraft.errors import DataError, HostChangedError, NonFiniteError, ParameterError
+from hotgraft.errors import (
+    BaseMismatchError,
+    DataError,
+    HostChangedError,
+    NonFiniteError,
+    ParameterError,
+)
 from hotgraft.format import DTYPES, Bits, Group, Row, dtype_of
-from hotgraft.gate import gate_of
+from hotgraft.gate import holding
 from hotgraft.graft import Graft, bit_view
 from hotgraft.kernels import Backend
 from hotgraft.placement import compile_plan, find_slots, fit, resolve_backends
@@ -62,14 +68,18 @@ class Candidates:
 
     A context manager: meanwhile the model is in evaluation mode and only the parameters with
     candidates require a gradient; at the end the weights are the base's again, bit for bit. Where a
-    host is attached to the model, its commits wait until then, and one from inside is a GateError.
+    host is attached to the model or a part of it, its commits wait until then, and one from inside
+    is a GateError. Other writes meanwhile, by a host of a module around the model or by the loss,
+    are a HostChangedError at the next write or at the end: the candidates hold the base's values
+    then, and what else was written stays. (Writes through `.data` are not seen.)
 
     Args:
         model: holds the base.
         graft: the candidates, between the base and the fine-tuned model.
 
     Raises:
-        BaseMismatchError, CoverageError: the graft is not one for this model.
+        BaseMismatchError, CoverageError: the graft is not one for this model; on entering, the
+            model does not hold its base's bits.
         ParameterError: a candidate is in something that has no gradient: a frozen parameter, a
             buffer, an integer tensor; or in a tensor that cannot be written.
         NonFiniteError: a change is infinite, or not a number.
@@ -103,6 +113,13 @@ class Candidates:
         self._kinds: list[_Kind] = []
         self._watches = []  # they hold the memory that is written
         self._arrived = False  # whether the last loss had a gradient for any candidate
+        self._reached: set[str] = set()  # the tensors for which any loss had one
+        places = [
+            (slots[name].name, place.tensor) for name in graft.names for place in slots[name].places
+        ]
+        counted = [(name, tensor) for name, tensor in places if not tensor.is_inference()]
+        self._names = tuple(name for name, _ in counted)
+        self._tensors = tuple(tensor for _, tensor in counted)  # with a version counter
         self._parts: dict[nn.Parameter, list[_Part]] = {}
         backends = resolve_backends({name: slots[name] for name in graft.names}, None, None)
         filled = 0
@@ -144,10 +161,10 @@ class Candidates:
         return torch.cat([_change(kind).float() for kind in self._kinds])
 
     def __enter__(self) -> Candidates:
-        gate = gate_of(self._model)
         with contextlib.ExitStack() as stack:
-            if gate is not None:  # what a commit wrote meanwhile would be lost at the end
-                stack.enter_context(gate.holding())
+            stack.enter_context(holding(self._model))  # a commit's writes would be lost at the end
+            self._versions = _native.versions(self._tensors)  # what the engine writes they miss
+            self._check_base()
             stack.enter_context(_evaluating(self._model))
             stack.enter_context(_only_required(self._model, self._parts))
             stack.callback(self._restore)
@@ -170,9 +187,10 @@ class Candidates:
             gates: fp32 `[count]`, in 0 .. 1.
 
         Raises:
-            HostChangedError: the model's weights were moved or replaced meanwhile.
+            HostChangedError: the model's weights were moved, replaced or written meanwhile.
         """
         self._check_in_place()
+        self._check_unwritten()
         for kind in self._kinds:
             old, new = _wide(kind.old), _wide(kind.new)
             # lerp is exact at both ends.
@@ -189,6 +207,35 @@ class Candidates:
                 backend.scatter(launch.table, launch.old)
         torch.clear_autocast_cache()
         self._check_in_place()
+        try:
+            self._check_unwritten()
+        except HostChangedError:
+            # So that a host whose live entries lay here finds out, before it writes again.
+            torch.autograd.graph.increment_version(self._tensors)
+            raise
+
+    def _check_base(self) -> None:
+        """Raises `BaseMismatchError` unless the candidates hold the base's bits."""
+        self._check_in_place()
+        for kind in self._kinds:
+            for backend, launch, _ in kind.writes:
+                count, _first = backend.compare(launch.table, launch.old)
+                if count:
+                    raise BaseMismatchError(
+                        f"{count} of {self.count} candidates do not hold the base's values: the "
+                        "weights were written since the base was read; search again, while "
+                        "nobody writes them"
+                    )
+
+    def _check_unwritten(self) -> None:
+        wrong = np.flatnonzero(_native.versions(self._tensors) != self._versions)
+        if len(wrong):
+            raise HostChangedError(
+                f"during the search somebody wrote to {self._names[wrong[0]]!r} (the commit of a "
+                "host around the model, load_state_dict or an optimizer's step in the loss?), so "
+                "there is no graft. The candidates were given the base's values back, and what "
+                "else was written stays: the weights are not what they were. Load the base again"
+            )
 
     def _check_in_place(self) -> None:
         try:
@@ -239,12 +286,17 @@ class Candidates:
             )
         return number
 
+    def unreached(self) -> list[str]:
+        """The tensors with candidates for which no loss had a gradient, if any tensor had one."""
+        return [name for name in self.graft.names if self._reached and name not in self._reached]
+
     def _take(self, parameter: torch.Tensor) -> None:
         """Read what is wanted of a parameter's gradient, and free it."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         assert isinstance(parameter, nn.Parameter)
         self._arrived = True
+        self._reached.update(part.row.name for part in self._parts[parameter])
         flat = gradient.to_dense().contiguous().view(-1)
         dtype = dtype_of(flat.dtype, "a gradient")
         backend = kernels.resolve(None, flat.device)
