@@ -48,7 +48,7 @@ LAYERS = [
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},
     {"arguments", "console"},
-    {"doctor", "localization"},
+    {"doctor", "localize_command"},
     {"demo"},
     {"cli"},
 ]

@@ -29,7 +29,7 @@ from hotgraft.arguments import (
     weights_for,
 )
 from hotgraft.console import Output, number, percent, printable, say_saved, size
-from hotgraft.localization import localize
+from hotgraft.localize_command import localize
 
 if TYPE_CHECKING:
     from hotgraft.graft import Graft

@@ -152,16 +152,9 @@ def _with_steps(method: str, steps: int | None) -> str | Method:
         return method
     from hotgraft import search
 
+    exported = (getattr(search, name) for name in search.__all__)
     kinds: dict[str, Callable[..., Method]] = {
-        kind.name: kind
-        for kind in (
-            search.FirstOrder,
-            search.Fisher,
-            search.Snip,
-            search.Movement,
-            search.Panigrahi,
-            search.Learned,
-        )
+        kind.name: kind for kind in exported if hasattr(kind, "name")
     }
     if method not in kinds:
         raise typer.BadParameter(f"{method} takes no steps", param_hint="--steps")
