@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import searching
 import torch
 from hosts import State, contents, holds
 from hotgraft import diff, localize
-from hotgraft.errors import DataError
+from hotgraft.errors import DataError, NonFiniteError
 from hotgraft.search import (
     FirstOrder,
     Fisher,
@@ -21,8 +22,9 @@ from hotgraft.search import (
     Step,
 )
 from hotgraft.search.candidates import Candidates
-from hotgraft.search.choice import largest
+from hotgraft.search.choice import largest, untied
 from hotgraft.search.method import PER_CANDIDATE, largest_affordable
+from hotgraft.search.panigrahi import logits
 from searching import Net, batches, loss, pair
 from torch import nn
 
@@ -83,7 +85,7 @@ def ranked(method: Method, watched: Watched, budget: int, seed: int = 0) -> torc
     [
         (FirstOrder(steps=6), lambda slopes: -sum(slopes)),
         (Snip(steps=6), lambda slopes: abs(sum(slopes))),
-        (Fisher(steps=6), lambda slopes: sum(s * s for s in slopes)),
+        (Fisher(steps=6), lambda slopes: sum(s * s for s in slopes).sqrt()),
     ],
 )
 def test_scores_at_the_base(method: Any, score: Any) -> None:
@@ -151,7 +153,7 @@ def test_panigrahi_is_the_papers_update() -> None:
         open_ = torch.sigmoid(scores - bias)
         scores = scores - rate * mean * (1 - 2 * inside) * open_ * (1 - open_)
     gates = inside + (1 - 2 * inside) * torch.sigmoid(scores - bias)
-    torch.testing.assert_close(found.double(), gates, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.sigmoid(), gates, rtol=0, atol=1e-3)
     moved = highest_differ(gates, inside, budget)
     assert moved > 0  # the search did something
     assert [s.kept for s in told][-1] == int((gates > 0.5).sum())
@@ -182,6 +184,79 @@ def test_panigrahi_without_steps_to_speak_of_keeps_the_base_mask() -> None:
         model, tuned, loss, DATA, count=7, scope="all", method=Panigrahi(1, 1e-9, 10.0, 1)
     )
     assert found == localize(base, tuned, count=7, scope="all", method="magnitude")
+
+
+def test_the_order_of_logits_is_that_of_exact_gates() -> None:
+    """Also where the gates are 1 in fp32 or fp64, and where S - bias would round two to one."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.cat([torch.rand(60, generator=generator) * s for s in (1, 80, -60)])
+    scores = torch.cat([scores, torch.tensor([0.5, 0.5 + 2**-24, 2e3, 3e3, -2e3])])
+    inside = torch.rand(len(scores), generator=generator) < 0.5
+    inside[-5:] = False
+    with localcontext() as context:
+        context.prec = 1500  # 1 - exp(-3000) is not 1
+        shift = [Decimal(float(s)) - 10 for s in scores]
+        open_ = [1 / (1 + (-x).exp()) for x in shift]
+        exact = [1 - g if b else g for g, b in zip(open_, inside.tolist(), strict=True)]
+    found = logits(scores.double(), inside, 10.0)
+    assert int((found.float().sigmoid() == 1).sum()) > 20
+    order = sorted(range(len(exact)), key=exact.__getitem__)
+    assert order == sorted(range(len(exact)), key=found.tolist().__getitem__)
+    assert len(found.unique()) == len(set(exact)) == len(exact)
+
+
+class Two(nn.Module):
+    """Weights that a loss can prefer by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Parameter(torch.zeros(30))
+        self.late = nn.Parameter(torch.zeros(20))
+
+
+def preferring(model: nn.Module, weight: float) -> torch.Tensor:
+    assert isinstance(model, Two)
+    return -(model.early.sum() + weight * model.late.sum())
+
+
+TWO = {"early": torch.full((30,), 0.2), "late": torch.full((20,), 0.1)}
+
+
+def test_panigrahi_tells_saturated_gates_apart() -> None:
+    """All gates are 1 in fp32; what the loss prefers comes later by name."""
+    gates: list[torch.Tensor] = []
+
+    class Seen(Panigrahi):
+        def rank(self, candidates: Candidates, search: Any) -> torch.Tensor:
+            found = super().rank(candidates, search)
+            gates.append(found.float().sigmoid())
+            return found
+
+    found = localize(Two(), TWO, preferring, [50.0], count=20, scope="all", method=Seen(1))
+    assert torch.equal(gates[0], torch.ones(50))
+    assert found.names == ("late",)
+
+
+def test_panigrahi_with_too_high_a_rate() -> None:
+    method = Panigrahi(1, rate=1e38, bias=0.0, batches=1)
+    message = r"step 1 of 1 makes 20 of 50 S infinite or a NaN: take a smaller rate than 1e\+38"
+    with pytest.raises(NonFiniteError, match=message):
+        localize(Two(), TWO, preferring, [1e3], count=20, scope="all", method=method)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"rate": float("nan")}, "rate nan: wanted a finite number of at least 0"),
+        ({"rate": float("inf")}, "rate inf: wanted a finite number of at least 0"),
+        ({"rate": -1.0}, "rate -1.0: wanted a finite number of at least 0"),
+        ({"bias": float("nan")}, "bias nan: wanted a finite number"),
+        ({"bias": -float("inf")}, "bias -inf: wanted a finite number"),
+    ],
+)
+def test_panigrahi_is_given_numbers(how: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Panigrahi(**how)
 
 
 # ---- the learned mask ---------------------------------------------------------------------------
@@ -269,7 +344,8 @@ def test_learned_tells_how_far_it_is() -> None:
 def test_what_does_not_depend_on_the_scale_of_the_loss() -> None:
     for name in ("first_order", "fisher", "snip", "movement", "learned"):
         found = []
-        for scale in (1.0, 1000.0, 1024.0, 1e-3):
+        extremes = () if name == "learned" else (1e30, 2.0**100, 2.0**-100, 1e-30)
+        for scale in (1.0, 1000.0, 1024.0, 1e-3, *extremes):
             model, _, tuned, _ = pair()
 
             def scaled(model: Any, batch: Any, scale: float = scale) -> torch.Tensor:
@@ -278,6 +354,36 @@ def test_what_does_not_depend_on_the_scale_of_the_loss() -> None:
             how = {"count": 15, "scope": "all", "method": searching.QUICK[name], "seed": 3}
             found.append(localize(model, tuned, scaled, DATA, **how).id)
         assert len(set(found)) == 1, name
+
+
+@pytest.mark.parametrize("kind", [FirstOrder, Fisher, Snip, Movement])
+def test_scores_want_a_loss_that_changes(kind: Any) -> None:
+    model, _, tuned, _ = pair()
+
+    def none(model: Any, batch: Any) -> torch.Tensor:
+        return loss(model, batch) * 0
+
+    message = f"does not change with any candidate, over 3 batches, so '{kind.name}' cannot choose"
+    with pytest.raises(DataError, match=message):
+        localize(model, tuned, none, DATA, count=5, scope="all", method=kind(steps=3))
+
+
+@pytest.mark.parametrize("kind", [FirstOrder, Fisher, Snip, Movement])
+def test_what_the_loss_does_not_depend_on_goes_by_size(kind: Any) -> None:
+    """Four entries matter; of the others the largest changes make up the number."""
+    tuned = {"early": torch.arange(1.0, 31), "late": torch.arange(-6.5, -106, -5)}
+
+    def of_few(model: Any, _: Any) -> torch.Tensor:
+        return 0 * model.late.sum() - model.early[:4].sum()
+
+    k = 25  # of a pool of all 50
+    found = localize(Two(), tuned, of_few, [0], count=k, scope="all", method=kind(steps=2))
+    size = torch.cat([tuned["early"], tuned["late"]]).abs()
+    size[:4] = torch.inf
+    wanted = sorted(size.topk(k).indices.tolist())
+    assert wanted[:5] == [0, 1, 2, 3, 25]
+    late = [30 + i for i in found["late"].indices.tolist()]
+    assert found["early"].indices.tolist() + late == wanted
 
 
 @pytest.mark.parametrize("name", ["magnitude", "first_order", "fisher", "snip", "learned"])
@@ -304,11 +410,32 @@ def test_the_k_highest(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n = 1 + seed * 3
     scores = torch.randint(-3, 4, (n,), generator=generator).float()  # with many ties
-    scores[scores == -3] = -float("inf") if seed % 2 else -0.0
+    scores[scores == -3] = -1e38 if seed % 2 else -0.0
+    then = torch.randint(0, 3, (n,), generator=generator).float()
+    order = sorted(range(n), key=lambda i: (-float(scores[i]), -float(then[i]), i))
     for k in range(1, n + 1):
         chosen = torch.from_numpy(largest(scores, k))
         assert int(chosen.sum()) == k
         assert torch.equal(chosen, searching.highest(scores, k))
+        assert largest(scores, k, then).nonzero()[0].tolist() == sorted(order[:k])
+        once = untied(scores, k, then)
+        assert largest(once, k).nonzero()[0].tolist() == sorted(order[:k])
+        assert torch.isfinite(once).all()
+        torch.testing.assert_close(once, scores, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 3), (-1, 3), (4, 3), (1, 0)])
+def test_more_than_there_are(k: int, n: int) -> None:
+    with pytest.raises(DataError, match=f"the {k} highest of {n} scores: wanted 1 .. {n}"):
+        largest(torch.zeros(n), k)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_no_numbers(wrong: float) -> None:
+    scores = torch.arange(6.0)
+    scores[[1, 4]] = wrong
+    with pytest.raises(NonFiniteError, match="2 of 6 scores are a NaN or infinity"):
+        largest(scores, 1)
 
 
 def test_the_pool_is_what_the_memory_allows() -> None:

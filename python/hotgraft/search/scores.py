@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 
 from hotgraft.batches import endless
+from hotgraft.errors import DataError
 from hotgraft.search.candidates import Candidates
+from hotgraft.search.choice import untied
 from hotgraft.search.method import Search, Step, largest_affordable, require_positive
 
 Slopes = torch.Tensor
@@ -20,7 +22,8 @@ class _Score:
     """A sum over `steps` batches of some function of the gates' slopes.
 
     Between `points` points of the straight line from the base to all candidates the batches take
-    turns; one point is the base itself.
+    turns; one point is the base itself. Of equal scores (all those are zero that the loss does not
+    depend on) the larger |change| comes first.
     """
 
     steps: int = 64
@@ -30,9 +33,9 @@ class _Score:
     def __post_init__(self) -> None:
         require_positive(steps=self.steps)
 
-    def summand(self, slopes: Slopes) -> torch.Tensor:
-        """What a batch adds."""
-        return slopes
+    def add(self, total: torch.Tensor, slopes: Slopes) -> torch.Tensor:
+        """The sum, with a batch's part."""
+        return total.add_(slopes)
 
     def score(self, total: torch.Tensor) -> torch.Tensor:
         """The score, from the sum."""
@@ -50,9 +53,15 @@ class _Score:
                 candidates.write(torch.full((candidates.count,), at))
             place = f"step {step} of {self.steps}"
             loss = candidates.differentiate(search.loss, next(batches), place)
-            total += self.summand(candidates.slopes)
+            total = self.add(total, candidates.slopes)
             search.progress(Step(step, self.steps, search.budget, loss, None))
-        return self.score(total)
+        if not total.any():
+            raise DataError(
+                f"the loss does not change with any candidate, over {self.steps} batches, so "
+                f"{self.name!r} cannot choose between them: is the loss multiplied by zero, or so "
+                "small that its gradient vanishes? 'magnitude' needs no loss"
+            )
+        return untied(self.score(total), search.budget, candidates.changes().abs_())
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,9 @@ class Fisher(_Score):
 
     name = "fisher"
 
-    def summand(self, slopes: Slopes) -> torch.Tensor:
-        return slopes * slopes
+    def add(self, total: torch.Tensor, slopes: Slopes) -> torch.Tensor:
+        # The root of the sum ranks alike, and neither overflows nor vanishes where squares would.
+        return torch.hypot(total, slopes, out=total)
 
     def score(self, total: torch.Tensor) -> torch.Tensor:
         return total
