@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hotgraft.batches import endless, scalar
+from hotgraft.batches import check_seed, endless, scalar
 from hotgraft.errors import DataError, NonFiniteError
 from torch.utils.data import DataLoader
 
@@ -145,3 +146,55 @@ def test_a_loss_that_is_only_looked_at_needs_no_gradient() -> None:
 def test_what_is_no_loss(value: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         scalar(value, "step 2 of 9")
+
+
+# ---- seeds --------------------------------------------------------------------------------------
+
+
+def shuffling() -> Iterable[Any]:
+    return DataLoader(list(range(20)), batch_size=None, shuffle=True)
+
+
+def test_a_seed_settles_a_shuffling_loader_whatever_else_draws() -> None:
+    found = []
+    for noise in (0, 1, 2):
+        torch.manual_seed(noise)
+        order = []
+        for batch in itertools.islice(endless(shuffling(), 40, seed=6), 40):
+            order.append(int(batch))
+            torch.rand(noise)  # as a loss might
+        found.append(order)
+    assert found[0] == found[1] == found[2]
+    assert sorted(found[0][:20]) == sorted(found[0][20:]) == list(range(20))
+    assert found[0][:20] != found[0][20:]
+    assert [int(batch) for batch in first(40, shuffling(), seed=7)] != found[0]
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_reading_a_loader_leaves_torchs_generator_alone(error: bool) -> None:
+    def broken(batch: Any) -> Any:
+        if error:
+            raise OSError("the disk")
+        return batch
+
+    before = torch.get_rng_state()
+    loader = DataLoader(list(range(5)), shuffle=True, collate_fn=broken)
+    if error:
+        with pytest.raises(OSError, match="the disk"):
+            first(2, loader, seed=1)
+    else:
+        first(12, loader, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, np.int64(3)])
+def test_what_is_a_seed(seed: Any) -> None:
+    assert type(check_seed(seed)) is int
+    assert check_seed(seed) == seed
+    first(3, ["a", "b"], seed=check_seed(seed))
+
+
+@pytest.mark.parametrize("seed", [True, False, 1.0, "1", None, -1, 2**63, torch.tensor(1.5)])
+def test_what_is_no_seed(seed: Any) -> None:
+    with pytest.raises(DataError, match=r"^seed .*: wanted a whole number in 0 \.\. 2"):
+        check_seed(seed)

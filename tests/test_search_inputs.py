@@ -76,7 +76,14 @@ EVERY: dict[str, tuple[Spoil, type[Exception], str]] = {
         CoverageError,
         "holds none of the 6 tensors",
     ),
-    "seed negative": (set_("seed", -1), DataError, r"seed -1: wanted a whole number in 0 .. 2\*\*63 - 1"),
+    "seed negative": (
+        set_("seed", -1),
+        DataError,
+        r"seed -1: wanted a whole number in 0 .. 2\*\*63 - 1",
+    ),
+    "seed true": (set_("seed", True), DataError, "seed True: wanted a whole number"),
+    "seed large": (set_("seed", 2**63), DataError, f"seed {2**63}: wanted a whole number"),
+    "seed fraction": (set_("seed", 1.5), DataError, "seed 1.5: wanted a whole number"),
     "missing tensor": (
         change("head.weight", None),
         CoverageError,
@@ -225,3 +232,17 @@ def test_a_checkpoint_is_for_what_keeps_one(name: str, tmp_path: Path) -> None:
 def test_hyper_parameters_of_learned(wrong: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=f"{next(iter(wrong))} .*: wanted"):
         Learned(**wrong)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("wrong", [None, 3, [], b"x"])
+def test_what_is_no_model(name: str, wrong: Any) -> None:
+    model, _, tuned, _ = pair()
+    how: Any = {"count": 9, "scope": "all", "method": QUICK[name]}
+    kind = type(wrong).__name__
+    before = searching.snapshot(model)
+    with pytest.raises(DataError, match=f"finetuned is a {kind}; wanted a model, a state dict"):
+        localize(model, wrong, loss, DATA, **how)
+    with pytest.raises(DataError, match=f"base is a {kind}; wanted a model, a state dict"):
+        localize(wrong, tuned, loss, DATA, **how)
+    assert searching.is_as_before(model, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from hotgraft import Graft, attach, diff, fingerprint, localize
 from hotgraft.errors import (
     BaseMismatchError,
     GateError,
+    HostChangedError,
     SkillInUseError,
+    UnreachedWarning,
 )
-from hotgraft.search import METHODS, FirstOrder, Method
+from hotgraft.search import METHODS, FirstOrder, Method, localization
 from safetensors.torch import save_file
 from searching import QUICK, SEARCHES, Net, batches, loss, pair
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,3 +347,122 @@ def test_a_frozen_tensor_out_of_scope_is_no_matter() -> None:
     graft = found("learned", model, tuned, scope="encoder")
     assert graft.nnz == 9
     assert not model.head.weight.requires_grad
+
+
+# ---- commits and other writes -------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A module around another, as an adapter or a pipeline is."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_commits_wait_from_the_first_look_at_the_base(
+    part: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, tuned, _ = pair()
+    host = attach(model)
+    host.load(diff(base, tuned, count=20), name="skill")
+    searched, target = (Around(model), {f"inner.{n}": t for n, t in tuned.items()})
+    waited = []
+
+    def slow(*args: Any, **how: Any) -> Graft:
+        graft = diff(*args, **how)
+        commits.start()
+        commits.join(0.2)
+        waited.append(commits.is_alive())
+        return graft
+
+    commits = threading.Thread(target=host.activate, args=("skill",))
+    monkeypatch.setattr(localization, "diff", slow)
+    graft = found("learned", *((searched, target) if part else (model, tuned)))
+    commits.join()
+    assert waited == [True]
+    assert graft.mask.nnz == 9
+    assert host.active == ("skill",)
+    host.verify()  # what the commit wrote is there
+    host.deactivate()
+    assert holds(model, base)
+
+
+@pytest.mark.parametrize("when", ["diff", "search"])
+def test_a_commit_of_a_host_around_the_model_is_found(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, tuned, every = pair()
+    outer = Around(model)
+    host = attach(outer)
+    host.load(diff(outer, {f"inner.{n}": t for n, t in tuned.items()}), name="skill")
+
+    def early(*args: Any, **how: Any) -> Graft:
+        graft = diff(*args, **how)
+        host.activate("skill")
+        return graft
+
+    def late(step: Any) -> None:
+        if step.step == 2:
+            host.activate("skill")
+
+    if when == "diff":  # before anything was written, so the skill stays live
+        monkeypatch.setattr(localization, "diff", early)
+        with pytest.raises(BaseMismatchError, match="do not hold the base's values"):
+            found("learned", model, tuned)
+        assert holds(model, tuned)
+        host.verify()
+    else:
+        with pytest.raises(HostChangedError, match="during the search somebody wrote to"):
+            found("learned", model, tuned, count=every.nnz - 1, progress=late)
+        assert holds(model, base)  # every entry of the skill was a candidate
+        with pytest.raises(HostChangedError):  # the host does not go on as if nothing were
+            host.deactivate()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_tensors_without_a_gradient_are_named() -> None:
+    class Saving(Net):
+        """Reentrant checkpointing: the first block's input needs no gradient."""
+
+        def forward(self, x: torch.Tensor) -> Any:
+            x = checkpoint(self.layers[0], x, use_reentrant=True)
+            return self.head(torch.tanh(self.layers[1](x)))
+
+    model, tuned = Saving(), pair()[2]
+    says = r"'layers.0.bias', 'layers.0.weight', so .* use_reentrant=True"
+    for name in SEARCHES:
+        with pytest.warns(UnreachedWarning, match=says) as caught:
+            found(name, model, tuned, count=60)
+        mine = [w for w in caught if w.category is UnreachedWarning]
+        assert len(mine) == 1
+
+
+# ---- loaders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_seed_settles_a_shuffling_loader_and_a_noisy_loss(name: str) -> None:
+    texts, wanted = (torch.cat(parts) for parts in zip(*batches(8), strict=True))
+    loader = DataLoader(TensorDataset(texts, wanted), batch_size=5, shuffle=True)
+
+    def order(seed: int) -> list[float]:
+        seen = []
+
+        def noisy(model: Any, batch: Any) -> torch.Tensor:
+            seen.append(float(batch[0].sum()))
+            seen.append(float(torch.rand(())))
+            return loss(model, batch)
+
+        found(name, data=loader, seed=seed, loss=noisy)
+        return seen
+
+    orders = []
+    for outer, seed in ((1, 4), (2, 4), (2, 5)):
+        torch.manual_seed(outer)
+        orders.append(order(seed))
+    assert orders[0] == orders[1] != orders[2]
