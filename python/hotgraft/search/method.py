@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -59,7 +58,7 @@ class Method(Protocol):
         ...
 
     def rank(self, candidates: Candidates, search: Search) -> torch.Tensor:
-        """Scores, fp32 `[candidates.count]`: the highest are kept.
+        """Scores, fp32 or fp64 `[candidates.count]`: the highest are kept.
 
         Raises:
             DataError, NonFiniteError: the data or the loss cannot be used.
@@ -70,8 +69,8 @@ class Method(Protocol):
 def require_positive(**counts: int) -> None:
     """Raises `DataError`, naming it, for a hyper-parameter that must be at least 1."""
     for name, count in counts.items():
-        if operator.index(count) < 1:
-            raise DataError(f"{name} {count}: wanted at least 1")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise DataError(f"{name} {count!r}: wanted a whole number of at least 1")
 
 
 PER_CANDIDATE = 64
