@@ -452,12 +452,12 @@ def test_the_pool_is_what_the_memory_allows() -> None:
 @pytest.mark.parametrize("kind", [FirstOrder, Fisher, Snip, Movement, Panigrahi])
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps(kind: Any, steps: int) -> None:
-    with pytest.raises(DataError, match=f"steps {steps}: wanted at least 1"):
+    with pytest.raises(DataError, match=f"steps {steps}: wanted a whole number of at least 1"):
         kind(steps=steps)
 
 
 def test_no_batches_a_step() -> None:
-    with pytest.raises(DataError, match="batches 0: wanted at least 1"):
+    with pytest.raises(DataError, match="batches 0: wanted a whole number of at least 1"):
         Panigrahi(batches=0)
 
 
