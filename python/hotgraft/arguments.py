@@ -83,6 +83,14 @@ def check_out(out: Path, inputs: Sequence[Path]) -> None:
     check_folder(out)
 
 
+def check_budget(density: float | None, count: int | None) -> None:
+    """Raises `BadParameter` for both at once, or a density that is none."""
+    if density is not None and count is not None:
+        raise typer.BadParameter("give --density or --count, not both", param_hint="--count")
+    if density is not None and not 0 < density <= 1:
+        raise typer.BadParameter(f"{density} is not in (0, 1]", param_hint="--density")
+
+
 def check_count(count: int, base: Path, scope: str) -> None:
     """Refuse a count beyond the eligible elements; only the base's header is read."""
     from hotgraft.scope import in_scope

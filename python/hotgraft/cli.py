@@ -20,6 +20,7 @@ from hotgraft.arguments import (
     Json,
     Policy,
     Weights,
+    check_budget,
     check_count,
     check_folder,
     check_out,
@@ -134,10 +135,7 @@ def diff_command(
     as_json: Json = False,
 ) -> None:
     """Find the graft that leads from BASE to FINETUNED: exact, or its largest changes."""
-    if density is not None and count is not None:
-        raise typer.BadParameter("give --density or --count, not both", param_hint="--count")
-    if density is not None and not 0 < density <= 1:
-        raise typer.BadParameter(f"{density} is not in (0, 1]", param_hint="--density")
+    check_budget(density, count)
     check_out(out, [base, finetuned])
     with Output(as_json) as output:
         from hotgraft.difference import diff

@@ -14,6 +14,7 @@ import typer
 from hotgraft.arguments import (
     GraftOut,
     Json,
+    check_budget,
     check_count,
     check_folder,
     check_out,
@@ -83,10 +84,7 @@ def localize(
     as_json: Json = False,
 ) -> None:
     """Find the few entries of a fine-tuned model that carry its skill, as TASK describes it."""
-    if density is not None and count is not None:
-        raise typer.BadParameter("give --density or --count, not both", param_hint="--count")
-    if density is not None and not 0 < density <= 1:
-        raise typer.BadParameter(f"{density} is not in (0, 1]", param_hint="--density")
+    check_budget(density, count)
     search = _with_steps(method, steps)
     if checkpoint is not None:
         if method != "learned":

@@ -48,24 +48,3 @@ def largest(
     else:
         chosen[ties] = largest(then[torch.from_numpy(ties)], missing)
     return chosen
-
-
-def untied(scores: torch.Tensor, k: int, then: torch.Tensor) -> torch.Tensor:
-    """Scores of which the k highest are `largest(scores, k, then)` without a second key.
-
-    Those that lose a tie for the last places are lowered, by as little as there is; all else is as
-    it was.
-
-    Raises:
-        DataError, NonFiniteError: as `largest` does.
-
-    Example:
-        >>> largest(untied(torch.zeros(4), 2, torch.arange(4.0)), 2).tolist()
-        [False, False, True, True]
-    """
-    chosen = torch.from_numpy(largest(scores, k, then))
-    bound = scores[chosen].min()
-    # A difference that is there also where numbers below `tiny` count as zero.
-    below = torch.nextafter(bound, torch.full_like(bound, -torch.inf))
-    lower = torch.minimum(below, bound - torch.finfo(scores.dtype).tiny)
-    return torch.where(chosen | (scores != bound), scores, lower)

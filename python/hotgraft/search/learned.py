@@ -71,6 +71,7 @@ class Learned:
     rate: float = 0.8
     prior: float = 0.5
     name: ClassVar[str] = "learned"
+    resumable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive(steps=self.steps)

@@ -118,7 +118,7 @@ def localize(
     seed = check_seed(seed)
     for what, weights in (("base", base), ("finetuned", finetuned)):
         _check_weights(what, weights)
-    if checkpoint is not None and not _keeps_checkpoints(search):
+    if checkpoint is not None and not getattr(search, "resumable", False):
         raise DataError(f"method {name!r} takes no checkpoint: it is done in one go")
     density = DENSITY if density is None and count is None else density
     unreached: list[str] = []
@@ -143,7 +143,8 @@ def localize(
             with Candidates(model, graft) as candidates, seeded(model, seed):
                 found = graft
                 if graft.nnz > k:
-                    found = candidates.choose(largest(search.rank(candidates, asked), k))
+                    scores = search.rank(candidates, asked)
+                    found = candidates.choose(largest(scores, k, candidates.changes().abs_()))
                     unreached = candidates.unreached()
         if found.nnz < k:
             found = Graft.from_mask(base, finetuned, _filled(found.mask, shapes, k))
@@ -184,11 +185,6 @@ def _check_weights(what: str, weights: object) -> None:
             f"{what} is a {type(weights).__name__}; wanted a model, a state dict, or the path of "
             "a file or folder"
         )
-
-
-def _keeps_checkpoints(search: str | Method) -> bool:
-    one_go = tuple(kind for kind in _SEARCHES.values() if kind is not Learned)
-    return not isinstance(search, (str, *one_go))
 
 
 def _live(base: Weights, name: str) -> nn.Module:

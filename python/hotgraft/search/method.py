@@ -43,7 +43,10 @@ class Search(NamedTuple):
 
 
 class Method(Protocol):
-    """A way to rank candidates. Frozen dataclasses with the hyper-parameters as fields."""
+    """A way to rank candidates. Frozen dataclasses with the hyper-parameters as fields.
+
+    One that saves its state to `Search.checkpoint` says so with a true attribute `resumable`.
+    """
 
     name: ClassVar[str]
 
@@ -58,7 +61,8 @@ class Method(Protocol):
         ...
 
     def rank(self, candidates: Candidates, search: Search) -> torch.Tensor:
-        """Scores, fp32 or fp64 `[candidates.count]`: the highest are kept.
+        """Scores, fp32 or fp64 `[candidates.count]`: the highest are kept,
+        of equal ones those of the larger |change|.
 
         Raises:
             DataError, NonFiniteError: the data or the loss cannot be used.

@@ -10,7 +10,6 @@ import torch
 from hotgraft.batches import endless
 from hotgraft.errors import DataError
 from hotgraft.search.candidates import Candidates
-from hotgraft.search.choice import untied
 from hotgraft.search.method import Search, Step, largest_affordable, require_positive
 
 Slopes = torch.Tensor
@@ -22,8 +21,7 @@ class _Score:
     """A sum over `steps` batches of some function of the gates' slopes.
 
     Between `points` points of the straight line from the base to all candidates the batches take
-    turns; one point is the base itself. Of equal scores (all those are zero that the loss does not
-    depend on) the larger |change| comes first.
+    turns; one point is the base itself.
     """
 
     steps: int = 64
@@ -61,7 +59,7 @@ class _Score:
                 f"{self.name!r} cannot choose between them: is the loss multiplied by zero, or so "
                 "small that its gradient vanishes? 'magnitude' needs no loss"
             )
-        return untied(self.score(total), search.budget, candidates.changes().abs_())
+        return self.score(total)
 
 
 @dataclass(frozen=True)
