@@ -125,7 +125,7 @@ class Candidates:
         filled = 0
         for dtype, group in graft.groups.items():  # the vectors hold dtype after dtype
             rows = [row for row in graft.rows if row.dtype == dtype]
-            old, new = (_values(np.array(array), dtype) for array in (group.old, group.new))
+            old, new = (_values(_lent(array), dtype) for array in (group.old, group.new))
             for row in rows:
                 mine = slice(row.first, row.first + row.count)
                 entries = slice(filled + mine.start, filled + mine.stop)
@@ -332,8 +332,22 @@ class Candidates:
 
 
 def _values(bits: Bits, dtype: str) -> torch.Tensor:
-    """Writable bits as what they stand for."""
+    """Bits that numpy lets be written, as what they stand for; they share memory."""
     return torch.from_numpy(bits).view(DTYPES[dtype].torch)
+
+
+class _Lent:
+    """A frozen array's memory, not said to be frozen. It lives as long as who looks at it."""
+
+    def __init__(self, array: Bits) -> None:
+        self._array = array
+        data = array.__array_interface__["data"][0], False
+        self.__array_interface__ = {**array.__array_interface__, "data": data}
+
+
+def _lent(array: Bits) -> Bits:
+    """A graft's array for torch to read, which warns of frozen ones as it may write to tensors."""
+    return np.asarray(_Lent(array))
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

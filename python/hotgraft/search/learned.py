@@ -56,10 +56,10 @@ class Learned:
 
     The scores start from the magnitude base: s = prior x log |change|.
 
-    Memory beyond the model and a batch's activations: 64 bytes a candidate, and the dense gradient
+    Memory beyond the model and a batch's activations: 56 bytes a candidate, and the dense gradient
     of one tensor at a time. The pool is a hundred times the budget, as far as a quarter of the
     base's memory goes; but at least twice the budget, for there must be something to choose from,
-    so budgets above some hundredth of the model take more: 128 bytes an entry. Time: a training
+    so budgets above some hundredth of the model take more: 112 bytes an entry. Time: a training
     step's for each step, less the optimiser's.
 
     Args:

@@ -77,16 +77,16 @@ def require_positive(**counts: int) -> None:
             raise DataError(f"{name} {count!r}: wanted a whole number of at least 1")
 
 
-PER_CANDIDATE = 64
-"""Bytes: position and values of the graft (12) and of the vectors (8), slopes, scores, gates and
-soft values (16), and what one expression and the allocator hold on the way (28)."""
+PER_CANDIDATE = 56
+"""Bytes: position and values of the graft (12), slopes, scores, gates and soft values (16), and what
+one expression and the allocator hold on the way (28)."""
 
 
 def largest_affordable(count: int, eligible: int, base_nbytes: int) -> int:
     """A pool of a hundred times the budget, but in a quarter of the base's memory.
 
     Twice the budget in any case, for there must be something to choose from: so a budget of more
-    than `base_nbytes / 512` entries (1/128 of an fp32 model) takes more than that quarter.
+    than `base_nbytes / 448` entries (1/112 of an fp32 model) takes more than that quarter.
     """
     affordable = base_nbytes // 4 // PER_CANDIDATE
     return min(eligible, max(2 * count, min(100 * count, affordable)))
