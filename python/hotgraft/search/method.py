@@ -78,8 +78,8 @@ def require_positive(**counts: int) -> None:
 
 
 PER_CANDIDATE = 56
-"""Bytes: position and values of the graft (12), slopes, scores, gates and soft values (16), and what
-one expression and the allocator hold on the way (28)."""
+"""Bytes: position and values of the graft (12), slopes, scores, gates and soft values (16), and
+what one expression and the allocator hold on the way (28)."""
 
 
 def largest_affordable(count: int, eligible: int, base_nbytes: int) -> int:
