@@ -9,6 +9,7 @@ proportion to its candidates, and neither checkpoint a second time.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,6 +34,10 @@ from hotgraft.kernels import Backend
 from hotgraft.placement import compile_plan, find_slots, fit, resolve_backends
 from hotgraft.placement.plain import Launch
 from hotgraft.placement.slots import Slot
+
+
+PIECE = 1 << 15
+"""Candidates that are computed at once."""
 
 
 class _Part(NamedTuple):
@@ -60,6 +65,8 @@ class _Kind(NamedTuple):
     entries: slice
     old: torch.Tensor
     new: torch.Tensor
+    soft: torch.Tensor
+    """What was written last."""
     writes: tuple[_Write, ...]
 
 
@@ -138,7 +145,7 @@ class Candidates:
             self._watches.append(plan.watch)
             writes = (_Write(backends[at.device], at, _order(at, len(old))) for at in plan.launches)
             entries = slice(filled, filled := filled + len(old))
-            self._kinds.append(_Kind(entries, old, new, tuple(writes)))
+            self._kinds.append(_Kind(entries, old, new, torch.empty_like(old), tuple(writes)))
 
     def _check_changes(self, part: _Part) -> None:
         wrong = torch.isfinite(_change(part).float()).logical_not_().nonzero()
@@ -158,7 +165,11 @@ class Candidates:
 
     def changes(self) -> torch.Tensor:
         """fp32 `[count]`: fine-tuned minus base."""
-        return torch.cat([_change(kind).float() for kind in self._kinds])
+        found = torch.empty(self.count)
+        for kind in self._kinds:
+            for part, here in _pieces(kind, found):
+                here.copy_(_change(part))
+        return found
 
     def __enter__(self) -> Candidates:
         with contextlib.ExitStack() as stack:
@@ -192,10 +203,10 @@ class Candidates:
         self._check_in_place()
         self._check_unwritten()
         for kind in self._kinds:
-            old, new = _wide(kind.old), _wide(kind.new)
-            # lerp is exact at both ends.
-            soft = torch.lerp(old, new, gates[kind.entries].to(old.dtype)).to(kind.old.dtype)
-            bits = bit_view(soft)
+            for part, mine in _pieces(kind, gates):
+                old, new = _wide(part.old), _wide(part.new)
+                part.soft.copy_(torch.lerp(old, new, mine.to(old.dtype)))  # exact at both ends
+            bits = bit_view(kind.soft)
             for backend, launch, order in kind.writes:
                 values = bits if order is None else bits[order]
                 backend.scatter(launch.table, backend.values(values))
@@ -279,7 +290,7 @@ class Candidates:
                 f"the loss at {place} depends on no tensor with candidates: does it run the model "
                 "it is given, and does the scope hold what it uses?"
             )
-        if not torch.isfinite(self.slopes).all():
+        if not all(map(math.isfinite, torch.aminmax(self.slopes))):
             raise NonFiniteError(
                 f"the gradient at {place} has a NaN or infinity, where the loss is {number:g}: "
                 "look at the loss function at this batch, and at its scale if the model is in fp16"
@@ -348,6 +359,16 @@ class _Lent:
 def _lent(array: Bits) -> Bits:
     """A graft's array for torch to read, which warns of frozen ones as it may write to tensors."""
     return np.asarray(_Lent(array))
+
+
+def _pieces(kind: _Kind, vector: torch.Tensor) -> Iterator[tuple[_Kind, torch.Tensor]]:
+    """The candidates of a dtype, and what a vector of all candidates has for them, bit by bit:
+    what is computed on the way has no more than a bit's size."""
+    mine = vector[kind.entries]
+    for first in range(0, len(mine), PIECE):
+        here = slice(first, first + PIECE)
+        piece = kind._replace(old=kind.old[here], new=kind.new[here], soft=kind.soft[here])
+        yield piece, mine[here]
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

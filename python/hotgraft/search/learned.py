@@ -103,6 +103,7 @@ class _Run:
         self._square = 0.0  # running mean of the squared slopes
         self._loss = 0.0  # running mean of the loss
         self._ends: tuple[float, float] | None = None  # the loss of the base and of all candidates
+        self._gates = torch.empty(candidates.count)
         path = None if search.checkpoint is None else Path(search.checkpoint)
         if path is not None and not path.parent.is_dir():
             raise DataError(f"{path}: there is no folder {str(path.parent)!r}; make it first")
@@ -118,7 +119,7 @@ class _Run:
 
     def _probe(self, gate: float) -> float:
         """The loss with all gates alike."""
-        self._candidates.write(torch.full((self._candidates.count,), gate))
+        self._candidates.write(self._gates.fill_(gate))
         batches = endless(self._search.data, PROBES, seed=self._search.seed)
         loss = self._search.loss
         return sum(
@@ -130,8 +131,8 @@ class _Run:
         """One step."""
         method, candidates, search = self._method, self._candidates, self._search
         self.step += 1
-        gates = self._gates()
-        candidates.write(gates)
+        self._open()
+        candidates.write(self._gates)
         place = f"step {self.step} of {method.steps}"
         loss = candidates.differentiate(search.loss, batch, place)
         slopes = candidates.slopes
@@ -147,16 +148,17 @@ class _Run:
             self.scores.sub_(slopes.clamp_(-CLIP * unit, CLIP * unit), alpha=rate / unit)
         search.progress(Step(self.step, method.steps, search.budget, self._loss, self._recovery()))
 
-    def _gates(self) -> torch.Tensor:
-        """sigmoid(scores - threshold), with the threshold that makes their sum the budget."""
-        count = self._search.budget
-        if count == len(self.scores):
-            return torch.ones_like(self.scores)
+    def _open(self) -> None:
+        """Gates of sigmoid(scores - threshold), with the threshold that makes their sum the budget."""
+        gates, count = self._gates, self._search.budget
+        if count == len(gates):
+            gates.fill_(1.0)
+            return
         low, high = float(self.scores.min()) - 60, float(self.scores.max()) + 60
         at = min(max(self._threshold, low), high)
-        exact = max(1e-4 * min(count, len(self.scores) - count), 1e-6 * count)
+        exact = max(1e-4 * min(count, len(gates) - count), 1e-6 * count)
         for _ in range(60):  # Newton's steps, in a bracket that is halved where they leave it
-            gates = torch.sub(self.scores, at).sigmoid_()
+            torch.sub(self.scores, at, out=gates).sigmoid_()
             total = float(gates.sum())
             if abs(total - count) < exact:
                 break
@@ -166,7 +168,6 @@ class _Run:
             if not low < at < high:
                 at = (low + high) / 2
         self._threshold = at
-        return gates
 
     def _recovery(self) -> float | None:
         if self._ends is None or self._ends[0] <= self._ends[1]:
