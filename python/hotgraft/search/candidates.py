@@ -35,7 +35,6 @@ from hotgraft.placement import compile_plan, find_slots, fit, resolve_backends
 from hotgraft.placement.plain import Launch
 from hotgraft.placement.slots import Slot
 
-
 PIECE = 1 << 15
 """Candidates that are computed at once."""
 

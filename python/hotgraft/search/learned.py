@@ -149,7 +149,7 @@ class _Run:
         search.progress(Step(self.step, method.steps, search.budget, self._loss, self._recovery()))
 
     def _open(self) -> None:
-        """Gates of sigmoid(scores - threshold), with the threshold that makes their sum the budget."""
+        """Gates of sigmoid(scores - threshold), whose sum the threshold makes the budget."""
         gates, count = self._gates, self._search.budget
         if count == len(gates):
             gates.fill_(1.0)
