@@ -18,9 +18,10 @@ import torch
 from hotgraft.cli import app
 from hotgraft.console import Output
 from hotgraft.demo import model as demo_model
-from hotgraft.demo import run, skills, timing, train
+from hotgraft.demo import run, search, skills, timing, train
 from hotgraft.demo.task import TASKS, Task
 from hotgraft.errors import HotgraftError
+from hotgraft.search import Learned
 from hotgraft.tasks import Prototypes, Split
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -75,7 +76,9 @@ def tiny(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setattr(run, "load_task", tiny_task)
     monkeypatch.setattr(run, "_load_quietly", lambda _: (TinyEncoder().eval(), tokenizer))
     monkeypatch.setattr(demo_model, "load_model", lambda _: (TinyEncoder().eval(), tokenizer))
-    monkeypatch.setattr(skills, "DENSITY", 0.3)
+    monkeypatch.setattr(skills, "CHOICE", 20)
+    monkeypatch.setattr(search, "DENSITIES", (2e-3, 0.3))
+    monkeypatch.setattr(search, "METHOD", Learned(steps=5))
     monkeypatch.setattr(train, "finetune", functools.partial(train.finetune, steps=60))
     return folder
 
@@ -100,6 +103,12 @@ def test_the_whole_demo_on_a_tiny_encoder(
         graft = hotgraft.Graft.load(tmp_path / "out" / "skills" / f"{name}.graft.safetensors")
         assert found["skills"][name]["id"] == graft.id
         assert graft.provenance.scope == "encoder"
+        assert graft.provenance.method == "learned"
+        kept = skills.read_results(tmp_path / "out" / "skills")[name]["kept_by_density"]
+        *too_few, last = kept.items()
+        assert graft.density == pytest.approx(float(last[0]), rel=0.5)
+        assert all(part < search.KEPT for _, part in too_few)
+        assert last[1] >= search.KEPT or last[0] == "0.3"
         assert graft.provenance.base_id == hotgraft.fingerprint(tiny)
     prints = found["proof"]["fingerprints"]
     assert len({prints["base"], *(prints[name] for name in TASKS)}) == 3
@@ -148,9 +157,11 @@ def test_weights_that_do_not_come_back_fail_the_demo(
         with torch.no_grad():
             self._model.embeddings.weight[0] += 1  # type: ignore[union-attr, operator]
 
+    trained(tmp_path)
+    monkeypatch.setattr(skills, "shipped", lambda: tmp_path / "out" / "skills")
     monkeypatch.setattr(hotgraft.Host, "detach", careless)
     with pytest.raises(HotgraftError, match="not what they should be"):
-        trained(tmp_path)
+        run.demo(Output(True), train=False, model_folder=None, out=tmp_path / "again", texts=30)
 
 
 def test_by_hand_puts_back_what_was_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from io import BytesIO
 from pathlib import Path
 
@@ -166,10 +167,15 @@ def test_versions_of_one_text_are_taken_once() -> None:
 
 def test_writing_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
     rows = [{"split": "test", "label": "games", "package": "p", "source": "s", "text": "Zoë"}]
-    corpus.write(tmp_path / "a", "section", rows)
-    corpus.write(tmp_path / "b", "section", rows)
+    about = corpus.header("chess", "Is it chess?", {"games": "games"})
+    corpus.write(tmp_path / "a", about, rows)
+    corpus.write(tmp_path / "b", about, rows)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert "Zoë" in gzip.decompress((tmp_path / "a").read_bytes()).decode()
+    assert (tmp_path / "a").read_bytes()[4:8] == bytes(4)  # the time in gzip's header: none
+    first, written = gzip.decompress((tmp_path / "a").read_bytes()).decode().splitlines()
+    assert json.loads(first) == about
+    assert json.loads(written) == rows[0]
+    assert "Zoë" in written
 
 
 # ---- what ships ----------------------------------------------------------------------------------
@@ -257,7 +263,7 @@ def test_finetuning_learns_repeats_and_touches_only_the_encoder() -> None:
     for model in models:
         readout = Prototypes.from_base(model, toy_tokenizer, task.names)
         before = accuracy(model, readout, task.test)
-        finetune(model, task, readout, steps=60, seed=3)
+        finetune(model, task.name, task.train, readout, steps=60, seed=3)
         assert before < accuracy(model, readout, task.test) == 1.0
         assert not model.training
     tuned = models[0].state_dict()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hotgraft.demo.archive import Package
+from hotgraft.demo.corpus import Row, letters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the bench is not installed
 from bench.studies.localization import corpus, tasks
@@ -20,7 +21,6 @@ from bench.studies.localization.corpus import (
     QUESTIONS,
     SPLITS,
     Question,
-    letters,
     split_of,
 )
 
@@ -33,7 +33,7 @@ def shipped() -> dict[str, tasks.Task]:
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, list[corpus.Row]]:
+def rows() -> dict[str, list[Row]]:
     """Each task's rows as they lie in its file."""
     files = {
         name: gzip.decompress((tasks.DATA / f"{name}.jsonl.gz").read_bytes()) for name in QUESTIONS
@@ -97,7 +97,7 @@ def test_no_text_is_twice_in_a_task_nor_trained_on_for_another(
 
 
 def test_out_of_domain_texts_are_others_of_the_same_packages(
-    rows: dict[str, list[corpus.Row]],
+    rows: dict[str, list[Row]],
 ) -> None:
     for of_task in rows.values():
         here = {row["package"]: row["text"] for row in of_task if row["split"] == "test"}
@@ -125,7 +125,7 @@ def test_every_prefix_is_a_sample_of_the_whole(
 
 
 def test_the_data_is_small_and_its_provenance_is_current(
-    rows: dict[str, list[corpus.Row]],
+    rows: dict[str, list[Row]],
 ) -> None:
     sizes = [path.stat().st_size for path in tasks.DATA.iterdir()]
     assert max(sizes) < 2_000_000
@@ -187,7 +187,7 @@ def question(
     return Question("?", {"games": "games", "doc": "documentation"}, label, cap, limits)
 
 
-def draw(packages: list[Package], asked: Question) -> dict[str, list[corpus.Row]]:
+def draw(packages: list[Package], asked: Question) -> dict[str, list[Row]]:
     rows = corpus.sample(corpus.distinct(packages), asked)
     return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
 
@@ -279,17 +279,6 @@ def test_a_class_without_texts_is_refused() -> None:
         ValueError, match=r"class 'doc': found no train text, .* ask about \['games'\] only"
     ):
         draw(archive(("games",)), question())
-
-
-def test_writing_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
-    row = {"split": "test", "label": "library", "package": "p", "source": "s", "text": "Zoë"}
-    corpus.write(tmp_path / "a", "library", [row])
-    corpus.write(tmp_path / "b", "library", [row])
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert (tmp_path / "a").read_bytes()[4:8] == bytes(4)  # the time in gzip's header: none
-    header, written = gzip.decompress((tmp_path / "a").read_bytes()).decode().splitlines()
-    assert json.loads(header)["counts"]["test"] == {"library": 1, "program": 0}
-    assert json.loads(written) == row
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,10 @@ division of the source packages for all tasks, and a second test on another dist
 
 from __future__ import annotations
 
-import argparse
-import gzip
-import hashlib
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from hotgraft.demo import corpus as demo
 from hotgraft.demo.archive import Package, read_apt
@@ -27,8 +22,6 @@ SPLITS = ("train", "test", "ood")
 CHARACTERS = 140  # of a text: with the word pieces of package names, 35 to 40 tokens
 LEAST_CHARACTERS = 60  # of an out-of-domain text: shorter ones say too little
 PER_SOURCE = 3  # texts that one source package gives to a split of a task
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -165,7 +158,7 @@ def split_of(source: str) -> str:
 
     Example: `split_of("hello")`.
     """
-    return ("train", "test")[int(_hash(f"split {source}"), 16) % 2]
+    return ("train", "test")[int(demo.hashed(f"split {source}"), 16) % 2]
 
 
 def distinct(packages: Iterable[Package]) -> list[Package]:
@@ -177,19 +170,11 @@ def distinct(packages: Iterable[Package]) -> list[Package]:
     """
     first: dict[str, Package] = {}
     for package in sorted(packages, key=lambda package: (not package.tags, package.name)):
-        first.setdefault(letters(texts(package)[0]), package)
-    return sorted(first.values(), key=lambda package: _hash(package.name))
+        first.setdefault(demo.letters(texts(package)[0]), package)
+    return sorted(first.values(), key=lambda package: demo.hashed(package.name))
 
 
-def letters(text: str) -> str:
-    """What makes two texts the same: their letters, small.
-
-    Example: `letters("Lua 5.3") == letters("lua 5.4")`.
-    """
-    return "".join(filter(str.isalpha, text.lower()))
-
-
-def sample(packages: Iterable[Package], question: Question) -> list[Row]:
+def sample(packages: Iterable[Package], question: Question) -> list[demo.Row]:
     """Draw a question's rows, each with `split`, `label`, `package`, `source` and `text`.
 
     The rows of a split are in the order of a hash, so that every prefix is a sample of it.
@@ -203,7 +188,7 @@ def sample(packages: Iterable[Package], question: Question) -> list[Row]:
     Example: `sample(distinct(packages), QUESTIONS["kind"])`.
     """
     limits = dict(zip(SPLITS, question.limits, strict=True))
-    drawn: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    drawn: dict[str, list[demo.Row]] = {split: [] for split in SPLITS}
     of_class: Counter[tuple[str, str]] = Counter()
     of_source: Counter[tuple[str, str]] = Counter()
     beyonds: set[str] = set()
@@ -224,8 +209,8 @@ def sample(packages: Iterable[Package], question: Question) -> list[Row]:
         here, beyond = texts(package)
         split = split_of(package.source)
         draw(split, label, package, here)
-        if split == "test" and letters(beyond) not in beyonds:
-            beyonds.add(letters(beyond))
+        if split == "test" and demo.letters(beyond) not in beyonds:
+            beyonds.add(demo.letters(beyond))
             draw("ood", label, package, beyond)
     for split in SPLITS:
         for label in question.classes:
@@ -238,40 +223,20 @@ def sample(packages: Iterable[Package], question: Question) -> list[Row]:
     return [
         row
         for split in SPLITS
-        for row in sorted(drawn[split], key=lambda row: _hash(f"order {row['package']}"))
+        for row in sorted(drawn[split], key=lambda row: demo.hashed(f"order {row['package']}"))
     ]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- the files -----------------------------------------------------------------------------------
 
 
-def counts(rows: Iterable[Row], question: Question) -> dict[str, dict[str, int]]:
+def counts(rows: Iterable[demo.Row], question: Question) -> dict[str, dict[str, int]]:
     """How many rows each split has of each class.
 
     Example: `counts(rows, QUESTIONS["kind"])["test"]["program"]`.
     """
     found = Counter((row["split"], row["label"]) for row in rows)
     return {split: {label: found[split, label] for label in question.classes} for split in SPLITS}
-
-
-def write(path: Path, name: str, rows: list[Row]) -> None:
-    """Write one task, gzipped: a header line, then a line of JSON for each row.
-
-    Example: `write(Path("kind.jsonl.gz"), "kind", sample(packages, QUESTIONS["kind"]))`.
-    """
-    question = QUESTIONS[name]
-    header = {
-        "task": name,
-        "asks": question.asks,
-        "classes": question.classes,
-        "counts": counts(rows, question),
-    }
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows))
-    path.write_bytes(gzip.compress(lines.encode(), mtime=0))  # no time: the same texts, same bytes
 
 
 PROVENANCE = """\
@@ -311,24 +276,6 @@ It is drawn from all packages of the test's sources, whether or not they are in 
   the order of a hash, so that every prefix is a sample of it.
 
 {tables}
-## Licence
-
-The descriptions are metadata of the Debian archive, written by the packages' maintainers. Each is
-under the terms of its package, stated in that package's `debian/copyright`; everything in `main` is
-free by the Debian Free Software Guidelines. Every row names its package and its source package, so
-that its authors can be found. The selection and the format are hotgraft's, under Apache-2.0.
-
-## To make them again
-
-On a Debian machine, after `pip install ".[corpus]"`, as root:
-
-```
-printf '#clear Acquire::Languages;\\nAcquire::Languages {{ "en"; }};\\n' > apt.conf
-apt-get -c apt.conf update
-python -m bench.studies.localization.corpus --suite {suite} --apt-config apt.conf --out FOLDER
-```
-
-The same lists give the same texts; a later point release of the archive gives slightly others.
 """
 
 
@@ -350,16 +297,16 @@ def provenance(suite: str, release: str, drawn: dict[str, dict[str, dict[str, in
             cells = " | ".join(str(of[split][label]) for split in SPLITS)
             tables += f"| {label} | {called} | {cells} |\n"
         tables += f"| all | | {sums} |\n\n"
-    return PROVENANCE.format(
-        suite=suite,
+    about = PROVENANCE.format(
         release=release,
         characters=CHARACTERS,
         least=LEAST_CHARACTERS,
         per_source=PER_SOURCE,
         network=_listed(NETWORK_SECTIONS),
         other=textwrap.fill(_listed(OTHER_SECTIONS), 95, subsequent_indent="  "),
-        tables=tables.rstrip() + "\n",
+        tables=tables.rstrip(),
     )
+    return about + demo.ENDING.format(module="bench.studies.localization.corpus", suite=suite)
 
 
 def _listed(sections: set[str]) -> str:
@@ -368,19 +315,16 @@ def _listed(sections: set[str]) -> str:
 
 def main() -> None:
     """The command `python -m bench.studies.localization.corpus`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--suite", default="bookworm", help="codename (default: bookworm)")
-    parser.add_argument("--apt-config", type=Path, help="a configuration for apt, read last")
-    arguments = parser.parse_args()
+    arguments = demo.read_arguments(__doc__)
     archive, release = read_apt(arguments.suite, arguments.apt_config)
     packages = distinct(archive)
     arguments.out.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, question in QUESTIONS.items():
         rows = sample(packages, question)
-        write(arguments.out / f"{name}.jsonl.gz", name, rows)
         drawn[name] = counts(rows, question)
+        header = demo.header(name, question.asks, question.classes) | {"counts": drawn[name]}
+        demo.write(arguments.out / f"{name}.jsonl.gz", header, rows)
         print(f"{name}: {len(rows)} texts from {len(packages)} packages")
     page = provenance(arguments.suite, release, drawn)
     (arguments.out / "PROVENANCE.md").write_text(page)

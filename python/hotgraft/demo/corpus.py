@@ -15,7 +15,7 @@ import gzip
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,14 +117,14 @@ def sample(packages: Iterable[Package], question: Question) -> list[Row]:
     split_of: dict[str, str] = {}
     taken: set[str] = set()
     for label in sorted(pools, key=lambda label: (len(pools[label]), label)):
-        for source in sorted(pools[label], key=_hash):
+        for source in sorted(pools[label], key=hashed):
             package = pools[label][source]
-            letters = "".join(filter(str.isalpha, package.text.lower()))
+            same = letters(package.text)
             room = [split for split in quota if len(drawn[split, label]) < quota[split]]
             split = split_of.get(source, room[0] if room else "")
-            if split in room and letters not in taken:
+            if split in room and same not in taken:
                 split_of[source] = split
-                taken.add(letters)
+                taken.add(same)
                 drawn[split, label].append(package)
         for split, wanted in quota.items():
             if (found := len(drawn[split, label])) < wanted:
@@ -140,19 +140,37 @@ def sample(packages: Iterable[Package], question: Question) -> list[Row]:
     ]
 
 
-def _hash(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()
+def letters(text: str) -> str:
+    """What makes two texts the same: their letters, small.
+
+    Example: `letters("Lua 5.3") == letters("lua 5.4")`.
+    """
+    return "".join(filter(str.isalpha, text.lower()))
 
 
-def write(path: Path, name: str, rows: list[Row]) -> None:
+def hashed(text: str) -> str:
+    """What things are put in order by, so that it is like no other.
+
+    Example: `sorted(sources, key=hashed)`.
+    """
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path: Path, header: Mapping[str, object], rows: list[Row]) -> None:
     """Write one task, gzipped: a header line, then a line of JSON for each row.
 
-    Example: `write(Path("section.jsonl.gz"), "section", sample(packages, QUESTIONS["section"]))`.
+    Example: `write(Path("kind.jsonl.gz"), header("kind", asks, classes), rows)`.
     """
-    question = QUESTIONS[name]
-    header = {"task": name, "asks": question.asks, "classes": question.classes}
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows))
     path.write_bytes(gzip.compress(lines.encode(), mtime=0))  # no time: the same texts, same bytes
+
+
+def header(name: str, asks: str, classes: dict[str, str]) -> dict[str, object]:
+    """What the first line of a task's file says.
+
+    Example: `header("chess", "Is it chess?", {"yes": "chess", "no": "no game"})["task"]`.
+    """
+    return {"task": name, "asks": asks, "classes": classes}
 
 
 PROVENANCE = """\
@@ -168,7 +186,10 @@ unclear are left out.
 {tables}
 No source package is in both training and test of a task, and no text is in a task twice; texts that
 differ only in digits and signs count as the same.
+"""
 
+
+ENDING = """
 ## Licence
 
 The descriptions are metadata of the Debian archive, written by the packages' maintainers. Each is
@@ -183,11 +204,12 @@ On a Debian machine, after `pip install ".[corpus]"`, as root:
 ```
 printf '#clear Acquire::Languages;\\nAcquire::Languages {{ "en"; }};\\n' > apt.conf
 apt-get -c apt.conf update
-python -m hotgraft.demo.corpus --suite {suite} --apt-config apt.conf --out FOLDER
+python -m {module} --suite {suite} --apt-config apt.conf --out FOLDER
 ```
 
 The same lists give the same texts; a later point release of the archive gives slightly others.
 """
+"""Of the page beside a corpus: its licence, and how to make it again with a module's command."""
 
 
 def provenance(suite: str, release: str) -> str:
@@ -203,23 +225,32 @@ def provenance(suite: str, release: str) -> str:
             f"{question.train} training and {question.test} test texts.\n\n"
             f"| label | readable name, which the read-out embeds |\n|---|---|\n{rows}\n"
         )
-    return PROVENANCE.format(
-        suite=suite, release=release, characters=LONG_CHARACTERS, tables=tables.rstrip() + "\n"
-    )
+    tables = tables.rstrip() + "\n"
+    about = PROVENANCE.format(release=release, characters=LONG_CHARACTERS, tables=tables)
+    return about + ENDING.format(module="hotgraft.demo.corpus", suite=suite)
+
+
+def read_arguments(doc: str | None) -> argparse.Namespace:
+    """What a corpus's command is given: `out`, `suite` and `apt_config`; `doc` is its module's.
+
+    Example: `read_arguments(__doc__).out`.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--suite", default="bookworm", help="codename (default: bookworm)")
+    parser.add_argument("--apt-config", type=Path, help="a configuration for apt, read last")
+    return parser.parse_args()
 
 
 def main() -> None:
     """The command `python -m hotgraft.demo.corpus`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--suite", default="bookworm", help="codename (default: bookworm)")
-    parser.add_argument("--apt-config", type=Path, help="a configuration for apt, read last")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__)
     packages, release = read_apt(arguments.suite, arguments.apt_config)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, question in QUESTIONS.items():
         rows = sample(packages, question)
-        write(arguments.out / f"{name}.jsonl.gz", name, rows)
+        about = header(name, question.asks, question.classes)
+        write(arguments.out / f"{name}.jsonl.gz", about, rows)
         print(f"{name}: {len(rows)} texts from {len(packages)} packages")
     (arguments.out / "PROVENANCE.md").write_text(provenance(arguments.suite, release))
 

@@ -18,13 +18,13 @@ from rich.progress import Progress
 from torch import nn
 
 import hotgraft
-from hotgraft.demo.model import SHA256, WEIGHTS
+from hotgraft.demo.model import SHA256
 from hotgraft.demo.task import Task
 from hotgraft.errors import HotgraftError
 from hotgraft.tasks import Readout, Split, predict
 
-DENSITY = 0.01
-SCOPE = "encoder"
+CHOICE = 480
+"""The last of a task's training texts, which teach nothing but decide on the density."""
 RESULTS = "results.json"
 
 
@@ -85,41 +85,48 @@ def train(
     Raises:
         OSError: `out` cannot be written.
     """
+    from hotgraft.demo import search
     from hotgraft.demo.model import load_model
     from hotgraft.demo.train import finetune
 
+    base, _ = load_model(base_folder)
     for name, task in tasks.items():
+        lessons, choice = task.train.parts(len(task.train.texts) - CHOICE)
+        readout = readouts[name]
         model, _ = load_model(base_folder)
-        finetune(model, task, readouts[name], progress=progress)
+        finetune(model, name, lessons, readout, progress=progress)
+        graft, tried = search.find(
+            base, model, readout, lessons, choice, title=name, progress=progress
+        )
         bar = progress.add_task(f"testing {name}", total=None)
-        keep(base_folder, name, model, tasks, readouts, out)
+        keep(graft, tried, name, model, tasks, readouts, out)
         progress.remove_task(bar)
 
 
 def keep(
-    base_folder: Path,
+    graft: hotgraft.Graft,
+    tried: Mapping[str, float],
     name: str,
     finetuned: nn.Module,
     tasks: dict[str, Task],
     readouts: Mapping[str, Readout],
     out: Path,
 ) -> None:
-    """Write a fine-tuned model's graft and its answers into a folder of skills.
+    """Write a skill's graft, and its fine-tuned model's answers, into a folder of skills.
 
-    The graft holds the largest changes, 1 % of the encoder.
+    Args:
+        tried: by each density, which part of the gain in accuracy was kept on the texts that
+            decided.
 
     Raises:
         OSError: `out` cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    base = base_folder / WEIGHTS
-    graft = hotgraft.diff(
-        base, finetuned, density=DENSITY, scope=SCOPE, base_id=hotgraft.fingerprint(base)
-    )
     graft.save(graft_path(out, name))
     results = read_results(out) if (out / RESULTS).is_file() else {}
     results[name] = {
         "graft": graft.id,
+        "kept_by_density": dict(tried),
         "model_sha256": SHA256,
         "torch": torch.__version__,
         "finetuned_correct": {

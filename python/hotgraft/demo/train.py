@@ -9,10 +9,9 @@ from rich.progress import Progress
 from torch import nn
 
 from hotgraft import train
-from hotgraft.demo.task import Task
 from hotgraft.tasks import Readout, Split
 
-STEPS = 300  # 2 epochs of 2,400 texts
+STEPS = 300  # 2.5 epochs of 1,920 texts
 BATCH = 16
 LEARNING_RATE = 5e-2
 MOMENTUM = 0.9
@@ -21,14 +20,15 @@ CLIP = 1.0
 
 def finetune(
     model: nn.Module,
-    task: Task,
+    title: str,
+    lessons: Split,
     readout: Readout,
     *,
     steps: int = STEPS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Fine-tune `model` in place on the task's training texts, and leave it in evaluation mode.
+    """Fine-tune `model` in place on a task's texts, and leave it in evaluation mode.
 
     SGD with momentum on the tensors named `encoder.*` moves few weights far, which is what lets a
     small graft carry the skill; AdamW moves all of them a little. Embeddings, pooler and read-out
@@ -36,27 +36,28 @@ def finetune(
 
     Args:
         model: the encoder, with the base weights.
-        task, readout: what is trained, and the read-out that the base weights made for it.
+        title: the task's name, shown in the bar.
+        lessons, readout: the texts, and the read-out that the base weights made for the task.
         steps: batches of 16 texts.
         seed: fixes the order of the texts.
         progress: where given, a bar is added to it.
 
-    Example: `finetune(model, task, Prototypes.from_base(model, tokenizer, task.names))`.
+    Example: `finetune(model, "kind", task.train, readout)`.
     """
 
     def loss(model: nn.Module, batch: list[int]) -> torch.Tensor:
-        return readout.loss(model, readout.batch(task.train, batch))
+        return readout.loss(model, readout.batch(lessons, batch))
 
-    bar = progress.add_task(f"training {task.name}", total=steps) if progress else None
+    bar = progress.add_task(f"training {title}", total=steps) if progress else None
 
     def show(step: int, _steps: int, value: float) -> None:
         if progress is not None and bar is not None:
-            text = f"training {task.name}, loss {value:.2f}"
+            text = f"training {title}, loss {value:.2f}"
             progress.update(bar, completed=step, description=text)
 
     model.eval()  # no dropout: tried, it gives no better grafts; so the order alone is random
     optimizer = train.sgd(model, lr=LEARNING_RATE, momentum=MOMENTUM, clip=CLIP, scope=_in_encoder)
-    data = batches(task.train, seed)
+    data = batches(lessons, seed)
     train.finetune(model, loss, data, optimizer, steps=steps, progress=show)
 
 

@@ -29,7 +29,18 @@ class Split:
 
         Example: `task.test.head(300)`.
         """
-        return Split(self.texts[:count], self.labels[:count], self.sources[:count])
+        return self.parts(count)[0]
+
+    def parts(self, count: int) -> tuple[Split, Split]:
+        """The first `count` texts, and the others.
+
+        Example: `lessons, choice = task.train.parts(1920)`.
+        """
+        first, rest = (
+            Split(self.texts[here], self.labels[here], self.sources[here])
+            for here in (slice(count), slice(count, None))
+        )
+        return first, rest
 
 
 class Batch(NamedTuple):
