@@ -18,7 +18,18 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the bench is not installed
-from bench.studies.localization import continual, grid, lab, multitask, page, plots, run, summary
+from bench.studies.localization import (
+    continual,
+    grid,
+    lab,
+    multitask,
+    page,
+    plots,
+    run,
+    summary,
+    tasks,
+    trials,
+)
 from bench.studies.localization.rows import Rows
 
 RECIPE = {
@@ -327,6 +338,8 @@ def measure(there: lab.Lab, path: Path) -> list[Row]:
         once: dict[str, Any] = {"seeds": (0,), "densities": (DENSITY,)}
         multitask.run(there, Rows(path), progress, tasks=PAIR, unions=(PAIR,), **once)
         continual.run(there, Rows(path), progress, pairs=(PAIR,), **once)
+        few = trials.TRIALS[0], trials.Trial("other", {"steps": 3}, distilled=True)
+        trials.run(there, Rows(path), progress, names=("kind",), trials=few, density=DENSITY)
     return Rows(path).all
 
 
@@ -359,7 +372,13 @@ def test_the_whole_study_runs(measured: list[Row], place: Path) -> None:
     assert union["entries"] == counts[0][0] + counts[1][1] - counts[0][1]
     one_after_another = summary.select(measured, task="kind>library")
     assert len(one_after_another) == 2 * len(list(continual.ways((DENSITY,))))
-    assert "kind, then library" in page.render(measured)
+    one, other = summary.select(measured, method="trial")
+    assert (one["trial"], other["trial"], one["of"]) == ("as in the study", "other", "kind")
+    assert one["texts"] == len(tasks.load("kind").test.texts) - TINY.texts
+    assert one["nll"]["finetuned"] == other["nll"]["finetuned"] != one["nll"]["base"]
+    shown = page.render(measured)
+    assert "kind, then library" in shown
+    assert "| kind, other |" in shown
     plots.draw(place / "images", measured)
 
 

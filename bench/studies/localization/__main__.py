@@ -1,4 +1,4 @@
-"""Command line: `python -m bench.studies.localization run|multitask|continual|cost|page`."""
+"""Command line: `python -m bench.studies.localization run|multitask|continual|trials|cost|page`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,15 @@ def multitask(work: Work, rows: Results = ROWS, threads: Threads = None) -> None
 def continual(work: Work, rows: Results = ROWS, threads: Threads = None) -> None:
     """The same for one task after another, with the first one's region frozen or not."""
     from bench.studies.localization import continual as study
+
+    with _measuring(threads) as progress:
+        study.run(_lab(work), Rows(rows), progress)
+
+
+@app.command()
+def trials(work: Work, rows: Results = ROWS, threads: Threads = None) -> None:
+    """Measure whether other hyper-parameters, or another loss, keep more."""
+    from bench.studies.localization import trials as study
 
     with _measuring(threads) as progress:
         study.run(_lab(work), Rows(rows), progress)

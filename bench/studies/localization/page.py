@@ -11,7 +11,7 @@ from typing import Any
 
 from hotgraft.search import METHODS
 
-from bench.studies.localization import continual, grid, multitask, summary
+from bench.studies.localization import continual, grid, multitask, summary, trials
 from bench.studies.localization.summary import Row, Spread, over_seeds, score, select, spread
 from bench.studies.localization.tasks import RELATED, TASKS
 from bench.tables import grid as table
@@ -58,6 +58,7 @@ def render(rows: Sequence[Row], images: dict[str, str] | None = None) -> str:
         (overlaps, "study-overlap", "Correlation of the tasks' masks"),
         (unions, "", ""),
         (one_after_another, "study-continual", "Accuracy on both tasks after the second"),
+        (tried, "", ""),
         (times, "", ""),
         (cost, "", ""),
     ]
@@ -309,6 +310,29 @@ def one_after_another(rows: Sequence[Row]) -> str:
         )
         shown.append(f"{title}\n\n{table(head, lines)}")
     return "\n\n".join(shown)
+
+
+def tried(rows: Sequence[Row]) -> str:
+    """What other searches keep."""
+    mine = select(rows, method=trials.METHOD)
+    lines = [
+        [
+            f"{row['of']}, {row['trial']}", "{:.2f} [{:.2f}, {:.2f}]".format(*row["rel"]),
+            f"{_kept(row['nll']):.3f}", f"{row['agreement'][0]:.3f}", f"{row['seconds']:.0f}",
+        ]
+        for row in mine
+    ]  # fmt: skip
+    if not lines:
+        return ""
+    title = (
+        f"**Other searches** at {mine[0]['density']:g}, one seed, on {mine[0]['texts']} texts that "
+        "no other number is measured on. NLL kept: the part of its fall from base to fine-tuned:"
+    )
+    return f"{title}\n\n{table(['', 'Rel', 'NLL kept', 'agreement', 'search, s'], lines)}"
+
+
+def _kept(nll: dict[str, float]) -> float:
+    return (nll["base"] - nll["graft"]) / (nll["base"] - nll["finetuned"])
 
 
 # ---- what it takes -------------------------------------------------------------------------------
