@@ -242,8 +242,9 @@ def test_the_real_demo_ends_within_a_minute(tmp_path: Path) -> None:
     for name in TASKS:
         accuracy = found["accuracy"]
         assert accuracy[name][name] > accuracy["base"][name] + 0.05
-        assert found["skills"][name]["entries"] == 106_467
-        assert found["skills"]["model"]["bytes"] > 60 * found["skills"][name]["bytes"]
+        assert found["skills"]["model"]["bytes"] > 100 * found["skills"][name]["bytes"]
+        assert accuracy[name][name] > accuracy[f"finetuned on {name}"][name] - 0.03
+    assert [found["skills"][name]["entries"] for name in TASKS] == [53_233, 10_646]
     switch = {way: times["switch"] for way, times in found["seconds"].items()}
     assert switch["hotgraft"] < switch["load a checkpoint"]
     assert (tmp_path / "hotgraft-demo" / "demo.png").is_file()
