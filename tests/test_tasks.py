@@ -89,6 +89,12 @@ def test_embeddings_ignore_padding_and_have_length_one() -> None:
     torch.testing.assert_close(padded[1:], nn.functional.normalize(mean, dim=-1))
 
 
+@pytest.mark.parametrize("temperature", [0.0, -0.1, 1e-5, 1e5, float("nan"), float("inf")])
+def test_a_temperature_out_of_range_is_refused(temperature: float) -> None:
+    with pytest.raises(DataError, match=r"wanted a number in 0\.0001 \.\. 10000"):
+        prototypes(temperature=temperature)
+
+
 def test_prototypes_are_the_names_as_the_base_embeds_them() -> None:
     base, readout = prototypes(temperature=0.25)
     logits = readout.logits(base, ["font", "a mail"])

@@ -155,6 +155,15 @@ def test_without_a_seed_torchs_generator_goes_on() -> None:
     assert not torch.equal(torch.get_rng_state(), torch.manual_seed(1).get_state())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, True, 1.0, "1"])
+def test_a_seed_that_is_none_is_refused_before_the_first_step(seed: Any) -> None:
+    model = factories.TinyModel()
+    before = contents(model)
+    with pytest.raises(DataError, match="wanted a whole number in 0"):
+        train.finetune(model, loss, BATCHES, train.sgd(model), steps=1, seed=seed)
+    assert holds(model, before)
+
+
 # ---- data ---------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from hotgraft.errors import DataError
 from hotgraft.tasks.texts import Batch, Split, Tokens
 
+COLDEST, HOTTEST = 1e-4, 1e4
+"""Temperatures: over less a cosine is no finite logit in the end, over more all are alike."""
+
 
 def embed(model: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
     """Embed one batch: the mean over each text's tokens. Gradients flow where they are enabled.
@@ -149,11 +152,20 @@ class Prototypes(Readout):
     Args:
         prototypes: fp32 `[classes, width]`, rows of length 1.
         temperature: no answer depends on it, but training does: tried at 0.05, a graft of 1 % of an
-            encoder kept less of the gain.
+            encoder kept less of the gain. In 1e-4 .. 1e4.
+
+    Raises:
+        DataError: the temperature is not in that range.
     """
 
     prototypes: Tensor
     temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not COLDEST <= self.temperature <= HOTTEST:
+            raise DataError(
+                f"temperature {self.temperature}: wanted a number in {COLDEST:g} .. {HOTTEST:g}"
+            )
 
     @classmethod
     def from_base(

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hotgraft.errors import FormatError
+from hotgraft.tasks.readout import COLDEST, HOTTEST
 
 KINDS = ("prototypes", "head")
 _NONE: Mapping[str, Any] = {}
 _SHORTEST = 3
 """Tokens: most tokenizers put one before a text and one after it."""
-_COLDEST, _HOTTEST = 1e-4, 1e4
-"""Temperatures: over less a cosine is no finite logit in the end, over more all are alike."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_task(path: str | os.PathLike[str]) -> TaskFile:
         max_tokens=texts.whole("max_tokens", 64, _SHORTEST),
         batch=texts.whole("batch", 32, 1),
         kind=kind,
-        temperature=readout.number("temperature", 0.1, _COLDEST, _HOTTEST) if prototypes else 1.0,
+        temperature=readout.number("temperature", 0.1, COLDEST, HOTTEST) if prototypes else 1.0,
         classes=_classes(readout) if prototypes else _NONE,
     )
     for table in (model, texts, readout):
