@@ -44,6 +44,7 @@ LAYERS = [
     {"ledger"},
     {"composer"},
     {"host"},
+    {"library"},
     {"search", "train", "tasks"},
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},

@@ -13,6 +13,7 @@ from hotgraft.format import Provenance
 from hotgraft.graft import Entries, Graft, Mask
 from hotgraft.host import Host, Skill, attach
 from hotgraft.kernels import available as available_backends
+from hotgraft.library import Library
 from hotgraft.search import localize
 from hotgraft.weights import fingerprint
 
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Graft",
     "Host",
+    "Library",
     "Mask",
     "Overlap",
     "Provenance",

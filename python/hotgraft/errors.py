@@ -57,6 +57,10 @@ class SkillInUseError(HotgraftError, RuntimeError):
     """The skill is live, or the name is taken."""
 
 
+class LibraryFullError(HotgraftError, RuntimeError):
+    """What a library holds and may not let go leaves no room for another skill."""
+
+
 class HostChangedError(HotgraftError, RuntimeError):
     """Somebody else moved or wrote the host's weights since hotgraft last looked."""
 

@@ -162,6 +162,24 @@ def read(
     return rows, groups, provenance, found
 
 
+def stated_id(path: str | os.PathLike[str]) -> str:
+    """The id that a graft file states, from its header; nothing else is read or checked.
+
+    Raises:
+        FormatError: it is no graft file that this version reads.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)
+        try:
+            found = _parse_header(file.read(size)).get("id", "")
+            if not _ID.fullmatch(found):
+                raise GraftError(f"it states {found!r} where its id should be: get it anew")
+        except GraftError as error:
+            raise FormatError(f"{path}: {error}") from error
+    return found
+
+
 def _parse_header(text: bytes) -> dict[str, str]:
     """A safetensors header's metadata, that of a graft file."""
     try:

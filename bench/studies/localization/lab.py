@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,12 @@ class Lab:
         self.model, self._tokenizer = loaded or load_model(find_model())
         self.base_id = hotgraft.fingerprint(self.model)
 
-    @functools.cache  # noqa: B019 - there is one lab
+    def shorter(self, steps: int) -> Lab:
+        """A lab of the same model and folder that fine-tunes for another number of steps."""
+        recipe = dataclasses.replace(self.recipe, steps=steps)
+        return Lab(self._work, recipe, (self.model, self._tokenizer))
+
+    @functools.cache  # noqa: B019 - a handful of labs
     def task(self, name: str) -> tasks.Task:
         """A task, its tests cut to the recipe's numbers of texts."""
         whole = tasks.load(name)

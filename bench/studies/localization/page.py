@@ -318,7 +318,8 @@ def tried(rows: Sequence[Row]) -> str:
     lines = [
         [
             f"{row['of']}, {row['trial']}", "{:.2f} [{:.2f}, {:.2f}]".format(*row["rel"]),
-            f"{_kept(row['nll']):.3f}", f"{row['agreement'][0]:.3f}", f"{row['seconds']:.0f}",
+            f"{_kept(row['nll']):.3f}", *(f"{a:.3f}" for a in row["accuracy"].values()),
+            f"{row['seconds']:.0f}",
         ]
         for row in mine
     ]  # fmt: skip
@@ -328,7 +329,8 @@ def tried(rows: Sequence[Row]) -> str:
         f"**Other searches** at {mine[0]['density']:g}, one seed, on {mine[0]['texts']} texts that "
         "no other number is measured on. NLL kept: the part of its fall from base to fine-tuned:"
     )
-    return f"{title}\n\n{table(['', 'Rel', 'NLL kept', 'agreement', 'search, s'], lines)}"
+    head = ["", "Rel", "NLL kept", "accuracy: base", "fine-tuned", "graft", "search, s"]
+    return f"{title}\n\n{table(head, lines)}"
 
 
 def _kept(nll: dict[str, float]) -> float:

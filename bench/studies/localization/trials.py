@@ -1,4 +1,5 @@
-"""Would another search keep more? Other hyper-parameters of `learned`, and another loss.
+"""Would another search keep more? Other hyper-parameters of `learned`, another loss, and a shorter
+fine-tuning.
 
 They are judged by the texts of the test that the study's tests leave out, so that no choice made
 here looks at what is reported elsewhere. `distilled` searches with the divergence from the
@@ -35,10 +36,13 @@ class Trial(NamedTuple):
     changes: dict[str, Any] = {}  # noqa: RUF012 - nobody writes it
     """Hyper-parameters of `Learned`."""
     distilled: bool = False
+    finetuned: float = 1.0
+    """The part of the study's steps of fine-tuning."""
 
 
 TRIALS = (
     Trial("as in the study"),
+    Trial("half the fine-tuning", finetuned=0.5),
     Trial("twice the steps", {"steps": 400}),
     Trial("distilled", distilled=True),
     Trial("twice the rate", {"rate": 1.6}),
@@ -69,7 +73,8 @@ def run(
 
 
 def _measure(lab: Lab, name: str, trial: Trial, density: float) -> dict[str, Any]:
-    path, _ = lab.finetuned(grid.Cell(name, "sgd", SEED))
+    cell = grid.Cell(name, "sgd", SEED)
+    path, _ = lab.shorter(int(trial.finetuned * lab.recipe.steps)).finetuned(cell)
     readout = lab.readout(name)
     data: list[Any] = lab.batches(name, None, 1000 + SEED)
     kept_back = tasks.load(name).test.parts(lab.recipe.texts)[1]
@@ -97,16 +102,16 @@ def _measure(lab: Lab, name: str, trial: Trial, density: float) -> dict[str, Any
         grafted = readout.logits(lab.model, kept_back)
     host.detach()
     found = hotgraft.evaluate(grafted, kept_back.labels, base=base, finetuned=tuned)
-    nll = {"base": base, "finetuned": tuned, "graft": grafted}
+    answers = {"base": base, "finetuned": tuned, "graft": grafted}
+    labels = kept_back.labels
     return {
         "seconds": seconds,
-        "texts": len(kept_back.texts),
+        "texts": len(labels),
         "rel": list(found.rel or ()),
-        "agreement": list(found.agreement or ()),
-        "nll": {
-            who: nn.functional.cross_entropy(logits, kept_back.labels).item()
-            for who, logits in nll.items()
+        "accuracy": {
+            w: (a.argmax(-1) == labels).double().mean().item() for w, a in answers.items()
         },
+        "nll": {w: nn.functional.cross_entropy(a, labels).item() for w, a in answers.items()},
     }
 
 

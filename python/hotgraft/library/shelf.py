@@ -1,0 +1,182 @@
+"""What of a library is loaded, and what is in memory, within two budgets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hotgraft.errors import LibraryFullError, SkillInUseError
+from hotgraft.graft import Graft
+from hotgraft.host import Host, Skill
+
+A_TENSOR = 256
+"""Bytes that a loaded skill takes for each tensor, beside its arrays: an estimate."""
+
+
+@dataclass(eq=False)
+class Volume:
+    """A skill of a library. The library's lock guards it."""
+
+    name: str
+    path: Path | None
+    """None for one that was added as a graft, which stays in memory."""
+    id: str
+    file_nbytes: int
+    signature: tuple[int, int, int] | None = None
+    """Of its file, as it was when it was added."""
+    graft: Graft | None = None
+    loaded: Skill | None = None
+    nbytes: int = 0
+    """Of the budget."""
+    stale: bool = False
+    """Its file is another than the one that it was loaded from."""
+    leases: int = 0
+    pinned: bool = False
+    coming: Future[None] | None = field(default=None, repr=False)
+
+
+class Shelf:
+    """Loads skills into a host, and takes those out that were not used for longest.
+
+    Not thread-safe but for `load`: the library's lock stands in front.
+
+    Args:
+        host: where skills are loaded to.
+        budget: bytes of loaded skills.
+        memory_budget: bytes of grafts that are kept when they are unloaded.
+        lock: held by the callers of everything but `load`, which takes it where it must.
+        load: `host.load`, with the library's options.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        budget: int,
+        memory_budget: int,
+        lock: contextlib.AbstractContextManager[object],
+        load: Callable[..., Skill],
+    ) -> None:
+        self._host = host
+        self._budget, self._memory_budget = budget, memory_budget
+        self._lock = lock
+        self._load_into_host = load
+        self._loaded: OrderedDict[Volume, None] = OrderedDict()  # the last used come last
+        self._warm: OrderedDict[Volume, None] = OrderedDict()  # in memory only, likewise
+        self.nbytes = 0
+        """Of what is loaded or being loaded."""
+        self.memory_nbytes = 0
+        self.evictions = 0
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def touch(self, volume: Volume) -> None:
+        """It is used now."""
+        self._loaded.move_to_end(volume)
+
+    def load(self, volume: Volume, graft: Graft) -> None:
+        """Load a skill, in place of an earlier one of its own where there is one.
+
+        Raises:
+            LibraryFullError: there is no room.
+            SkillInUseError: the earlier one is live; it stays loaded.
+            Exception: as `host.load`.
+        """
+        wanted = graft.nbytes + A_TENSOR * len(graft.names)
+        with self._lock:
+            if volume.loaded is not None:
+                self.unload(volume)
+            self._cool(volume)
+            self._make_room(volume, wanted)
+            self.nbytes += wanted  # so that nobody else takes it meanwhile
+        try:
+            loaded = self._load_into_host(graft, name=volume.name)
+        except BaseException:
+            with self._lock:
+                self.nbytes -= wanted
+            raise
+        with self._lock:
+            volume.loaded, volume.id, volume.nbytes = loaded, graft.id, loaded.nbytes
+            self.nbytes += loaded.nbytes - wanted
+            if volume.path is None or self._memory_budget:
+                volume.graft = graft
+            try:
+                self._make_room(volume, 0)  # it can take more than was thought
+            finally:
+                self._loaded[volume] = None
+                if self.nbytes > self._budget:
+                    self.unload(volume)
+
+    def unload(self, volume: Volume) -> None:
+        """Unload a skill, and do not keep it in memory.
+
+        Raises:
+            SkillInUseError: it is live.
+        """
+        self._take_out(volume)
+        self._drop(volume)
+
+    def forget(self, volume: Volume) -> None:
+        """As `unload`, of one that may not be loaded."""
+        if volume.loaded is not None:
+            self._take_out(volume)
+        self._cool(volume)
+        self._drop(volume)
+
+    def clear(self) -> None:
+        """Unload all that is not live."""
+        for volume in tuple(self._loaded):
+            with contextlib.suppress(SkillInUseError):
+                self.unload(volume)
+        for volume in tuple(self._warm):
+            self.forget(volume)
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _make_room(self, volume: Volume, wanted: int) -> None:
+        idle = [v for v in self._loaded if not (v.leases or v.pinned)]
+        if self.nbytes + wanted - sum(v.nbytes for v in idle) <= self._budget:
+            for victim in idle:
+                if self.nbytes + wanted <= self._budget:
+                    return
+                with contextlib.suppress(SkillInUseError):  # live
+                    self._take_out(victim)
+                    self.evictions += 1
+                    self._keep_warm(victim)
+        if self.nbytes + wanted > self._budget:
+            raise LibraryFullError(
+                f"{volume.name!r} takes {wanted or volume.nbytes:,} bytes, and of the "
+                f"{self._budget:,} for loaded skills too many are taken by those that are live, "
+                "leased, pinned or being loaded: unpin some, or give the library more"
+            )
+
+    def _take_out(self, volume: Volume) -> None:
+        self._host.unload(volume.name)
+        self.nbytes -= volume.nbytes
+        volume.loaded, volume.nbytes = None, 0
+        del self._loaded[volume]
+
+    def _keep_warm(self, volume: Volume) -> None:
+        """Keep an evicted skill's graft, as far as that may be."""
+        if volume.path is not None and volume.graft is not None:
+            self._warm[volume] = None
+            self.memory_nbytes += volume.graft.nbytes
+            while self.memory_nbytes > self._memory_budget:
+                oldest = next(iter(self._warm))
+                self._cool(oldest)
+                self._drop(oldest)
+
+    def _cool(self, volume: Volume) -> None:
+        """It does not count as kept any more."""
+        if volume in self._warm:
+            assert volume.graft is not None
+            del self._warm[volume]
+            self.memory_nbytes -= volume.graft.nbytes
+
+    def _drop(self, volume: Volume) -> None:
+        if volume.path is not None:
+            volume.graft = None
