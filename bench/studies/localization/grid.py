@@ -94,13 +94,22 @@ CORE = Grid(
     ("magnitude", "learned", "first_order", "random"),
     (1e-3, 1e-4, 1e-2),
 )
-ARMS = ("sgd", "adamw", "adamw_l1")
+ARMS = {
+    "sgd": "SGD",
+    "adamw": "AdamW",
+    "adamw_l1=0.3": "AdamW, L1 0.3",
+    "adamw_l1=0.8": "AdamW, L1 0.8",
+}
+"""What a model was fine-tuned with, and what it is called."""
 FULL = (
     CORE,
     CORE._replace(cells=cells(TASKS, "sgd")),
     Grid(cells(TASKS, "sgd"), (*METHODS, "shuffled"), (1e-3, 1e-4, 1e-2)),
-    Grid(cells(TASKS[:4], "adamw_l1"), ("magnitude", "learned", "first_order"), DENSITIES),
-    Grid(cells(TASKS[:4], "adamw"), ("magnitude", "learned", "first_order"), DENSITIES),
+    *(
+        Grid(cells(TASKS[:4], arm), ("magnitude", "learned", "first_order"), DENSITIES)
+        for arm in reversed(ARMS)
+        if arm != "sgd"
+    ),
     Grid(cells(TASKS, "sgd"), (*METHODS, "shuffled"), DENSITIES),
 )
 """One after another; what an earlier one measured is not measured again."""

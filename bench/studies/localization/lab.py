@@ -249,10 +249,10 @@ class Lab:
 
 
 def optimizer_of(arm: str, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of an arm, with the helpers' defaults."""
+    """The optimizer of one of `grid.ARMS`, otherwise with the helpers' defaults."""
     if arm == "sgd":
         return train.sgd(model, scope=SCOPE)
-    return train.adamw(model, l1=0.3 if arm == "adamw_l1" else 0.0, scope=SCOPE)
+    return train.adamw(model, l1=float(arm.partition("_l1=")[2] or 0.0), scope=SCOPE)
 
 
 def shuffled(mask: Mask, seed: int) -> Mask:

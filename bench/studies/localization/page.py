@@ -96,6 +96,7 @@ def recovery(rows: Sequence[Row]) -> str:
             for task in summary.values(of, "task", TASKS)
             for method in summary.values(of, "method", SHOWN)
             for cell in [select(of, task=task, method=method)]
+            if cell
         ]
         head = ["", *(f"{d:g}" for d in densities)]
         shown.append(f"**Recovered gain (Rel), {_arm(arm)}**, by density:\n\n{table(head, lines)}")
@@ -443,4 +444,4 @@ def _entry(row: Row, what: str, a: str, b: str) -> float:
 
 
 def _arm(arm: str) -> str:
-    return {"sgd": "SGD", "adamw": "AdamW", "adamw_l1": "AdamW + L1"}.get(arm, arm)
+    return grid.ARMS.get(arm, arm)

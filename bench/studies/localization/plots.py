@@ -29,7 +29,7 @@ _COLORS = {
     "random": _OTHER,
     "shuffled": _FLOOR,
 }
-_ARMS = {"sgd": _MINE, "adamw": "#1d4ed8", "adamw_l1": "#0f766e"}
+_ARMS = dict(zip(grid.ARMS, (_MINE, "#1d4ed8", "#a16207", "#0f766e"), strict=True))
 _COLUMNS = 3
 
 

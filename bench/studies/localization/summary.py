@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from hotgraft.search import METHODS
@@ -75,7 +75,7 @@ def singles(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def values(rows: Iterable[Row], field: str, order: Sequence[Any] = ()) -> list[Any]:
+def values(rows: Iterable[Row], field: str, order: Collection[Any] = ()) -> list[Any]:
     """What a field holds, each once: first what `order` names, in its order, then the rest.
 
     Example:
@@ -130,7 +130,7 @@ def rungs(rows: Iterable[Row]) -> list[Rung]:
 
 def _place(key: tuple[str, str, float, int]) -> tuple[int, int, float, int]:
     """Where a model and density stand in a table."""
-    return grid.ARMS.index(key[0]), TASKS.index(key[1]), *key[2:]
+    return list(grid.ARMS).index(key[0]), TASKS.index(key[1]), *key[2:]
 
 
 def smallest(rows: Iterable[Row], arm: str, task: str, method: str) -> float | None:
