@@ -130,7 +130,6 @@ def test_recovery_shows_what_is_missing() -> None:
         "": ["0.001", "0.01"],
         "---": ["---:", "---:"],
         "section, learned": ["-", "0.50 (0.50 to 0.50, 2 seeds)"],
-        "section, random": ["-", "-"],
         "kind, learned": ["0.75 (0.50 to 1.00)", "-"],
         "kind, random": ["0.25 (1 seed)", "-"],
     }
