@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import contextlib
+import gc
 import threading
-import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import factories
 import hotgraft
 import pytest
 import torch
-from hosts import State, contents, holds
+from hosts import contents, holds
 from hotgraft import Graft, Library
 from hotgraft.errors import (
+    AdoptWarning,
     BaseMismatchError,
     DataError,
     FormatError,
@@ -26,38 +29,8 @@ from hotgraft.errors import (
     UnknownSkillError,
 )
 from hotgraft.library.shelf import A_TENSOR
+from libraries import NAMES, Gated, Place, eventually, loaded
 from torch import nn
-
-NAMES = ("a", "b", "c", "d")
-
-
-class Place:
-    """A model, a folder with the files of four skills of one size, and their names."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = nn.Linear(64, 64)  # arrays of a size that counts
-        self.base = contents(self.model)
-        self.host = hotgraft.attach(self.model)
-        self.grafts = {
-            name: factories.graft_on(self.base, seed=i, share=0.5) for i, name in enumerate(NAMES)
-        }
-        for name, graft in self.grafts.items():
-            graft.save(self.path(name))
-        self.nbytes = max(g.nbytes + A_TENSOR * len(g.names) for g in self.grafts.values())
-        """What the largest is thought to take."""
-
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.graft.safetensors"
-
-    def weights(self, name: str) -> State:
-        return factories.grafted(self.base, self.grafts[name])
-
-    def library(self, room: float = 100, **more: Any) -> Library:
-        """With room for so many skills, of the folder's."""
-        made = Library(self.host, loaded=int(room * self.nbytes), **more)
-        made.scan(self.folder)
-        return made
 
 
 @pytest.fixture
@@ -66,17 +39,6 @@ def place(tmp_path: Path) -> Iterator[Place]:
     yield found
     found.host.detach(force=True)
     assert holds(found.model, found.base)
-
-
-def loaded(library: Library) -> list[str]:
-    return [name for name in library if library[name].tier == "loaded"]
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # ---- loading and switching -----------------------------------------------------------------------
@@ -94,7 +56,7 @@ def test_skills_are_loaded_when_they_are_asked_for(place: Place) -> None:
         library.activate("b")
         assert holds(place.model, place.weights("b"))
         assert loaded(library) == ["a", "b"]
-        assert library["b"].nbytes == place.host.skills["b"].nbytes
+        assert library["b"].nbytes == place.grafts["b"].nbytes + 2 * A_TENSOR
         library.activate("a", "b", policy="priority", weights=[1.0, 1.0])
         assert place.host.active == ("a", "b")
         place.host.deactivate()
@@ -146,31 +108,73 @@ def test_the_least_recently_used_goes(place: Place) -> None:
 
 @pytest.mark.parametrize("how", ["pinned", "leased", "live", "put back later"])
 def test_what_is_in_use_stays(place: Place, how: str) -> None:
-    with place.library(room=1) as library:
+    with place.library(room=1) as library, contextlib.ExitStack() as stack:
         if how == "pinned":
             library.pin("a")
-        elif how == "live":
-            library.activate("a")
-        blocks = {
-            "leased": lambda: library.lease("a"),
-            "put back later": lambda: library.using("a"),
-        }
-        if how in blocks:
-            with blocks[how]():
-                with pytest.raises(LibraryFullError, match=r"'b' takes [\d,]+ bytes"):
-                    library.activate("b")
-                assert loaded(library) == ["a"]
+        elif how == "leased":
+            stack.enter_context(library.lease("a"))
         else:
-            with pytest.raises(LibraryFullError):
-                library.activate("b")
-            assert loaded(library) == ["a"]
+            library.activate("a")
+        if how == "put back later":
+            place.host.load(place.grafts["d"], name="theirs")
+            stack.enter_context(place.host.using("theirs"))
+        with pytest.raises(LibraryFullError, match=r"'b' takes [\d,]+ bytes"):
+            library.fetch("b").result()
+        assert loaded(library) == ["a"]
         assert library.stats.failures == 1
-        if how == "pinned":
-            library.unpin("a")
+        stack.close()
+        library.unpin("a")
         place.host.deactivate()
-        library.activate("b")
+        library.fetch("b").result()
         assert loaded(library) == ["b"]
+
+
+def test_a_refused_skill_moves_nobody(place: Place) -> None:
+    everything = hotgraft.diff(place.base, contents(nn.Linear(64, 64)))
+    everything.save(place.path("large"))
+    with place.library(room=2) as library:
+        library.activate("a")
+        library.fetch("b").result()
+        with pytest.raises(LibraryFullError):
+            library.fetch("large").result()
+        assert loaded(library) == ["a", "b"]
+        assert library.stats.evictions == 0
         place.host.deactivate()
+
+
+def test_what_is_evicted_is_freed_at_once(place: Place) -> None:
+    with place.library(room=1) as library:
+        with library.using("a"):
+            plan = weakref.ref(place.host.skills["a"].plan)
+        gc.collect()
+        gc.disable()
+        try:
+            library.fetch("b").result()
+            assert plan() is None
+        finally:
+            gc.enable()
+
+
+def test_a_refused_graft_is_freed_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    load = Graft.load
+
+    def seen(path: Any, **more: Any) -> Graft:
+        found = load(path, **more)
+        kept.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Graft, "load", seen)
+    factories.graft_on(contents(nn.Linear(64, 64)), seed=1, share=0.5).save(place.path("a"))
+    with place.library() as library:
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(BaseMismatchError):
+                library.activate("a")
+            assert kept[0]() is None
+        finally:
+            gc.enable()
 
 
 def test_a_skill_larger_than_the_budget_moves_nobody(place: Place) -> None:
@@ -211,22 +215,6 @@ def test_evicted_grafts_stay_in_memory(place: Place, monkeypatch: pytest.MonkeyP
 # ---- threads -------------------------------------------------------------------------------------
 
 
-class Gated:
-    """Reads that wait until they are let go."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-        self.names, self.go, self.begun = names, threading.Event(), threading.Event()
-        load = Graft.load
-
-        def slow(path: Any, **more: Any) -> Graft:
-            if Path(path).name.partition(".")[0] in self.names:
-                self.begun.set()
-                assert self.go.wait(30)
-            return load(path, **more)
-
-        monkeypatch.setattr(Graft, "load", slow)
-
-
 def test_reading_one_skill_stalls_nobody_else(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +253,7 @@ def test_many_wait_for_one_read(place: Place, monkeypatch: pytest.MonkeyPatch) -
 def test_many_threads_many_skills_little_room(place: Place) -> None:
     with place.library(room=2, workers=3) as library:
         wrong: list[str] = []
+        done: list[str] = []
 
         def work(seed: int) -> None:
             order = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -272,6 +261,7 @@ def test_many_threads_many_skills_little_room(place: Place) -> None:
                 name = NAMES[i % len(NAMES)]
                 try:
                     with library.lease(name):
+                        done.append(name)
                         if library[name].tier != "loaded":
                             wrong.append(name)
                 except LibraryFullError:  # the others have it all
@@ -282,9 +272,101 @@ def test_many_threads_many_skills_little_room(place: Place) -> None:
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(work, range(6)))
         assert not wrong
+        assert set(done) == set(NAMES)
         stats = library.stats
         assert stats.loaded_nbytes == sum(library[name].nbytes for name in loaded(library))
         assert all(library[name].leases == 0 for name in library)
+
+
+def test_who_gives_up_stops_nobody_else(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place.library(workers=1) as library, ThreadPoolExecutor(1) as pool:
+        gated = Gated(monkeypatch, "a")
+        library.fetch("a")
+        assert gated.begun.wait(30)
+        waiting = pool.submit(library.activate, "b")
+        eventually(lambda: library["b"].leases == 1)
+
+        async def client() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.wrap_future(library.fetch("b")), 0.02)
+
+        asyncio.run(client())
+        gated.go.set()
+        waiting.result(timeout=30)
+        assert place.host.active == ("b",)
+        place.host.deactivate()
+
+
+def test_a_lease_right_after_an_eviction_loads_anew(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.library(room=1) as library:
+        loads, others = library._shelf.load, ["b"]
+
+        def evicted(volume: Any, graft: Graft) -> None:
+            loads(volume, graft)
+            if volume.name == "a" and others:
+                library.fetch(others.pop()).result()
+
+        monkeypatch.setattr(library._shelf, "load", evicted)
+        library.fetch("a").result()
+        assert loaded(library) == ["b"]
+        with library.lease("a"):
+            assert loaded(library) == ["a"]
+
+
+def test_closing_tells_who_waits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = place.library(workers=1)
+    gated = Gated(monkeypatch, "a")
+    with ThreadPoolExecutor(2) as pool:
+        library.fetch("a")
+        assert gated.begun.wait(30)
+        waiting = pool.submit(library.activate, "b")
+        eventually(lambda: library["b"].leases == 1)
+        fetched = library.fetch("c")
+        closing = pool.submit(library.close)
+        eventually(library._closed.is_set)
+        gated.go.set()
+        closing.result(timeout=30)
+        for future in (waiting, fetched):
+            with pytest.raises(HotgraftError, match="the library is closed"):
+                future.result(timeout=30)
+    assert not place.host.skills
+
+
+def test_what_the_host_lets_go_is_loaded_again(place: Place) -> None:
+    with place.library(room=2) as library:
+        for name in ("a", "b"):
+            library.fetch(name).result()
+        place.host.unload("a")
+        with library.using("a"):
+            assert holds(place.model, place.weights("a"))
+        with torch.no_grad():
+            place.model.weight.copy_(torch.arange(4096.0).view(64, 64))
+        with pytest.warns(AdoptWarning):
+            assert set(place.host.adopt()) == {"a", "b"}
+        now = contents(place.model)
+        hotgraft.diff(now, contents(nn.Linear(64, 64)), count=100).save(place.path("n"))
+        library.scan(place.folder)
+        with library.using("n"):
+            assert not holds(place.model, now)
+        with pytest.raises(BaseMismatchError):
+            library.activate("a")
+        library.remove("b")
+        assert library.stats.loaded_nbytes == library["n"].nbytes
+        place.base = now
+
+
+def test_five_thousand_skills(place: Place) -> None:
+    with Library(place.host, loaded=40 * place.nbytes) as library:
+        for i in range(5000):
+            library.add(place.grafts[NAMES[i % 4]], f"s{i}")
+        for i in range(0, 5000, 50):
+            with library.using(f"s{i}"):
+                assert library.stats.loaded_nbytes <= 40 * place.nbytes
+        assert 30 < library.stats.loaded < 60
+        assert library.stats.evictions == 100 - library.stats.loaded
+        assert len(place.host.skills) == library.stats.loaded
 
 
 def test_a_skill_can_be_removed_while_it_is_read(
@@ -295,12 +377,12 @@ def test_a_skill_can_be_removed_while_it_is_read(
         reading, queued = library.fetch("a"), library.fetch("b")
         assert gated.begun.wait(30)
         library.remove("b")
-        assert queued.cancelled()
         thread = threading.Thread(target=library.remove, args=("a",))
         thread.start()
         gated.go.set()
         thread.join(30)
         assert reading.exception() is None
+        assert isinstance(queued.exception(30), UnknownSkillError)
         assert sorted(library) == ["c", "d"]
         assert not place.host.skills
         assert library.stats.loaded_nbytes == 0
@@ -362,6 +444,10 @@ def test_names(place: Place) -> None:
             library.add(place.path("b"), "theirs")
         with library.lease("a"), pytest.raises(SkillInUseError, match="'a' is leased"):
             library.remove("a")
+        library.pin("a")
+        with pytest.raises(SkillInUseError, match="'a' is pinned"):
+            library.remove("a")
+        library.unpin("a")
         library.activate("a")
         with pytest.raises(SkillInUseError, match="live"):
             library.remove("a")
@@ -389,95 +475,3 @@ def test_a_closed_library(place: Place) -> None:
         with pytest.raises(HotgraftError, match="the library is closed"):
             use()
     library.close()
-
-
-# ---- folders -------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_followed(place: Place) -> None:
-    with Library(place.host) as library:
-        assert library.scan(place.folder).added == NAMES
-        assert library.scan(place.folder) == ((), (), (), (), {})
-        place.path("a").rename(place.path("z"))
-        found = library.scan(place.folder)
-        assert (found.added, found.removed) == (("z",), ("a",))
-        with library.using("z"):
-            assert holds(place.model, place.weights("a"))
-            place.path("z").unlink()
-            assert library.scan(place.folder).kept == ("z",)
-        assert library.scan(place.folder).removed == ("z",)
-        assert "z" not in place.host.skills
-
-
-def test_a_replaced_file_is_taken_when_nobody_uses_the_old_one(place: Place) -> None:
-    with place.library() as library:
-        with library.using("a"):
-            place.grafts["b"].save(place.path("a"))
-            assert library.scan(place.folder).replaced == ("a",)
-            with library.lease("a"):
-                assert holds(place.model, place.weights("a"))  # as it was
-        assert library["a"].id == place.grafts["a"].id
-        with library.using("a"):
-            assert holds(place.model, place.weights("b"))
-        assert library["a"].id == place.grafts["b"].id
-        place.grafts["c"].save(place.path("d"))  # of one that is not loaded
-        library.scan(place.folder)
-        assert library["d"].id == place.grafts["c"].id
-        with library.using("d"):
-            assert holds(place.model, place.weights("c"))
-
-
-def test_a_file_replaced_by_a_damaged_one_is_an_error_until_it_is_mended(place: Place) -> None:
-    with place.library() as library:
-        library.fetch("a").result()
-        place.grafts["b"].save(place.path("a"))
-        data = bytearray(place.path("a").read_bytes())
-        data[-1] ^= 1
-        place.path("a").write_bytes(data)
-        assert library.scan(place.folder).replaced == ("a",)
-        for _ in range(2):
-            with pytest.raises(FormatError):
-                library.activate("a")
-        place.grafts["c"].save(place.path("a"))
-        library.scan(place.folder)
-        with library.using("a"):
-            assert holds(place.model, place.weights("c"))
-
-
-def test_other_files_are_told_of_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    place.path("e").write_text("no graft")
-    (place.folder / "notes.txt").write_text("not looked at")
-    place.path(".hidden").write_text("being written")
-    with caplog.at_level(logging.WARNING, "hotgraft.library"), Library(place.host) as library:
-        for _ in range(3):
-            found = library.scan(place.folder)
-            assert list(found.failed) == ["e"]
-            assert isinstance(found.failed["e"], FormatError)
-        assert len(caplog.records) == 1
-        place.path("e").write_text("still no graft")
-        library.scan(place.folder)
-        assert len(caplog.records) == 2
-        place.grafts["a"].save(place.path("e"))
-        assert library.scan(place.folder).added == ("e",)
-        other = place.folder / "other"
-        other.mkdir()
-        place.grafts["a"].save(other / "a.graft.safetensors")
-        assert "rename the file" in str(library.scan(other).failed["a"])
-        assert len(library) == 5
-
-
-def test_watching(place: Place) -> None:
-    with Library(place.host) as library:
-        with pytest.raises(DataError, match="more than 0"):
-            library.watch(place.folder, every=0)
-        assert library.watch(place.folder, every=0.02).added == NAMES
-        place.path("a").unlink()
-        eventually(lambda: "a" not in library)
-        place.grafts["a"].save(place.path("y"))
-        eventually(lambda: "y" in library)
-    assert not any(thread.name == "hotgraft-watch" for thread in threading.enumerate())
-
-
-def test_a_folder_that_is_not_there(place: Place, tmp_path: Path) -> None:
-    with Library(place.host) as library, pytest.raises(FileNotFoundError):
-        library.watch(tmp_path / "nowhere")

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 
 from hotgraft import gate as gates
+from hotgraft import placement
 from hotgraft.composer import Composer
 from hotgraft.composition import checked_weights
 from hotgraft.errors import (
@@ -31,14 +32,6 @@ from hotgraft.errors import (
 from hotgraft.graft import Graft
 from hotgraft.kernels import POLICIES
 from hotgraft.ledger import NOTHING, Ledger, LiveSet, Skill
-from hotgraft.placement import (
-    Names,
-    compile_plan,
-    find_slots,
-    fit,
-    refuse_nonfinite,
-    resolve_backends,
-)
 from hotgraft.streams import Streams
 
 __all__ = ["Host", "Skill", "attach"]
@@ -83,15 +76,14 @@ class Host:
     ) -> None:
         root = getattr(model, "_orig_mod", model)  # a torch.compile wrapper adds a prefix to names
         self._model = root
-        self._slots = find_slots(root)
+        self._slots = placement.find_slots(root)
         if not self._slots:
             raise GraftError(f"{type(model).__name__} has no parameters: nothing to graft into")
         self._streams = Streams({slot.tensor.device for slot in self._slots.values()}, stream)
-        self._backends = resolve_backends(self._slots, backend, stream)
+        self._backends = placement.resolve_backends(self._slots, backend, stream)
         self._backend = next(iter(self._backends.values()))  # for work that no device is told for
         self._base_id = base_id
-        # Taken in this order: the gate, then the lock. The lock guards all that follows, and is
-        # held for short: who composes or compiles does not hold it.
+        # Taken first the gate, then the lock, which guards all that follows, and is held for short.
         self._gate = gates.Gate(self._settle, self._streams.order_entry)
         self._lock = threading.RLock()
         self._skills: dict[str, Skill] = {}
@@ -119,6 +111,14 @@ class Host:
         """The names of the live skills, in the order they were given."""
         return self._ledger.live.names
 
+    def has(self, skill: Skill) -> bool:
+        """Whether this very skill is loaded, and not another one of its name."""
+        return self._skills.get(skill.name) is skill
+
+    def in_use(self, name: str) -> bool:
+        """Whether a skill is live, or an open `using` block will put it back."""
+        return name in self.active or self._is_put_back(name)
+
     @property
     def base_id(self) -> str | None:
         """The base's id, where it is known."""
@@ -128,9 +128,7 @@ class Host:
     def digest(self) -> str:
         """SHA-256 (hex) of the base id and the live set: a key for KV and prefix caches.
 
-        Raises:
-            HotgraftError: the base id is not known.
-        """
+        Raises `HotgraftError` where the base id is not known."""
         state = self._ledger.live
         if self._base_id is None:
             raise HotgraftError(
@@ -152,16 +150,15 @@ class Host:
         source: Graft | str | os.PathLike[str],
         name: str | None = None,
         *,
-        names: Names | None = None,
+        names: placement.Names | None = None,
         cast: bool = False,
         partial: bool = False,
         allow_nonfinite: bool = False,
         replace: bool = False,
         verify_id: bool = True,
     ) -> Skill:
-        """Prepare a skill: read, check against this host's base bits, compile. Nothing is written.
-
-        Works while other skills are live.
+        """Prepare a skill: read, check against this host's base bits, compile. Nothing is written;
+        other skills may be live.
 
         Args:
             source: a graft or the path of a graft file.
@@ -190,12 +187,12 @@ class Host:
         name = name or graft.id[:12]
         self._require_free(name, replace)
         if not allow_nonfinite:
-            refuse_nonfinite(graft)
-        fitted = fit(
+            placement.refuse_nonfinite(graft)
+        fitted = placement.fit(
             graft, self._slots, self._model, self._backend,
             names=names, cast=cast, partial=partial, allow_nonfinite=allow_nonfinite,
         )  # fmt: skip
-        skill = Skill(name, graft.id, compile_plan(fitted, self._slots, self._backends))
+        skill = Skill(name, graft.id, placement.compile_plan(fitted, self._slots, self._backends))
         with self._lock:
             self._require_free(name, replace)
             self._ledger.settle()
@@ -355,13 +352,17 @@ class Host:
         if name in self.active:
             raise SkillInUseError(f"{name!r} is live; deactivate first, or unload(force=True)")
 
+    def _is_put_back(self, name: str) -> bool:
+        return any(name in block.before.names for block in tuple(self._blocks))
+
     def _require_not_put_back(self, name: str) -> None:
-        if any(name in block.before.names for block in self._blocks):
+        if self._is_put_back(name):
             raise SkillInUseError(f"an open `using` block will put {name!r} back; leave it first")
 
     def _retire(self, skill: Skill) -> None:
         self._ledger.stop_watching(skill.plan.watch)
         self._composer.forget(skill)
+        skill.forget_alone()
 
     def _prepare(
         self, names: Sequence[str], policy: str, weights: Sequence[float] | None

@@ -45,6 +45,10 @@ class Skill:
         """This skill as it is, and no other."""
         return LiveSet((self,), (1.0,), "", self.plan)
 
+    def forget_alone(self) -> None:
+        """Break the cycle that `alone` is, so that an unloaded skill's memory is free at once."""
+        vars(self).pop("alone", None)
+
     @property
     def nnz(self) -> int:
         """Entries that it writes."""

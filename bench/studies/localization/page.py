@@ -328,7 +328,8 @@ def tried(rows: Sequence[Row]) -> str:
         return ""
     title = (
         f"**Other searches** at {mine[0]['density']:g}, one seed, on {mine[0]['texts']} texts that "
-        "no other number is measured on. NLL kept: the part of its fall from base to fine-tuned:"
+        "no other number is measured on. NLL kept: the part of its fall from base to fine-tuned. "
+        "After half the fine-tuning both are parts of what that model gained:"
     )
     head = ["", "Rel", "NLL kept", "accuracy: base", "fine-tuned", "graft", "search, s"]
     return f"{title}\n\n{table(head, lines)}"

@@ -1,8 +1,8 @@
 """The demo's two skills: how they are made, and how the shipped ones are found.
 
 A folder of skills holds `<task>.graft.safetensors` for each task and `results.json`, which says how
-the fine-tuned checkpoints answered every test text: they are 70 times larger than their grafts and
-are not kept.
+the fine-tuned checkpoints answered every test text: they are hundreds of times larger than their
+grafts and are not kept.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hotgraft import files
-from hotgraft.errors import HotgraftError, SkillInUseError
+from hotgraft.errors import HotgraftError, SkillInUseError, UnknownSkillError
 from hotgraft.library.shelf import Volume
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Folder:
         self.path = Path(path).absolute()
         self._lock = threading.Lock()
         self._told: dict[Path, object] = {}  # files whose refusal was logged
+        self._mine: set[str] = set()  # the skills that came from here
 
     def scan(self) -> Changes:
         """Add, replace and remove, once.
@@ -68,16 +69,16 @@ class Folder:
             except (HotgraftError, OSError) as error:
                 failed[name] = error
                 self._tell(path, error)
-        for name in self._library:
-            volume = self._library.volume(name)
-            if volume is None or volume.path is None or volume.path.parent != self.path:
+        for name in sorted(self._mine - set(paths)):
+            try:
+                self._library.remove(name)
+                changes["removed"].append(name)
+            except SkillInUseError:
+                changes["kept"].append(name)
                 continue
-            if name not in paths:
-                try:
-                    self._library.remove(name)
-                    changes["removed"].append(name)
-                except SkillInUseError:
-                    changes["kept"].append(name)
+            except UnknownSkillError:  # somebody else removed it
+                pass
+            self._mine.discard(name)
         return Changes(**{what: tuple(names) for what, names in changes.items()}, failed=failed)
 
     def _take(self, name: str, path: Path) -> str | None:
@@ -85,6 +86,7 @@ class Folder:
         known = self._library.volume(name)
         if known is None:
             self._library.add(path)
+            self._mine.add(name)
             return "added"
         if known.path != path:
             raise SkillInUseError(
@@ -111,8 +113,9 @@ class Folder:
         while not stop.wait(every):
             try:
                 found = self.scan()
-            except OSError as error:
-                self._tell(self.path, error)
+            except Exception as error:
+                if not stop.is_set():  # else it was closed meanwhile
+                    self._tell(self.path, error)
                 continue
             for what in ("added", "replaced", "removed"):
                 for name in getattr(found, what):

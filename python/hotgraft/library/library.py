@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import os
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from hotgraft.errors import DataError, HotgraftError, SkillInUseError, UnknownSkillError
 from hotgraft.graft import Graft
 from hotgraft.host import Host
 from hotgraft.library.folder import Changes, Folder, described
 from hotgraft.library.shelf import Shelf, Volume
+from hotgraft.placement import Names
 
 
 class Entry(NamedTuple):
@@ -62,12 +65,13 @@ class Library:
         host: where skills are loaded to, under their names here. Its other skills are left alone
             and do not count.
         loaded: bytes that the loaded skills may take, on the device and in host memory together:
-            about 8 an entry in bf16, 12 in fp32, and 256 a tensor.
+            on a CPU 8 an entry in bf16 and 12 in fp32, on a GPU twice that, and 256 a tensor.
         memory: bytes of grafts that are kept in host memory when they are unloaded, so that they
             need not be read again: for models on a GPU. (What is loaded into a model on the CPU is
             in host memory already.)
-        workers: threads that read and load.
-        options: of `host.load`: `names`, `cast`, `partial`, `allow_nonfinite`, `verify_id`.
+        workers: threads that read and load: so many files are read at once, in the order in which
+            they were asked for.
+        names, cast, partial, allow_nonfinite, verify_id: as in `host.load`.
 
     Raises:
         DataError: a budget or the number of workers is out of range.
@@ -91,19 +95,25 @@ class Library:
         *,
         loaded: int = 1 << 30,
         memory: int = 0,
-        workers: int = 2,
-        **options: Any,
+        workers: int = 4,
+        names: Names | None = None,
+        cast: bool = False,
+        partial: bool = False,
+        allow_nonfinite: bool = False,
+        verify_id: bool = True,
     ) -> None:
-        for name, number, least in (
+        for what, number, least in (
             ("loaded", loaded, 1), ("memory", memory, 0), ("workers", workers, 1)
         ):  # fmt: skip
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise DataError(f"{name} {number!r}: wanted a whole number of at least {least}")
+                raise DataError(f"{what} {number!r}: wanted a whole number of at least {least}")
         self.host = host
-        self._verify_id: bool = options.pop("verify_id", True)
+        self._verify_id = verify_id
         self._lock = threading.RLock()
         self._volumes: dict[str, Volume] = {}
-        load = functools.partial(host.load, **options)
+        load = functools.partial(
+            host.load, names=names, cast=cast, partial=partial, allow_nonfinite=allow_nonfinite
+        )
         self._shelf = Shelf(host, loaded, memory, self._lock, load)
         self._hits = self._misses = self._failures = 0
         self._folders: dict[Path, Folder] = {}
@@ -175,9 +185,14 @@ class Library:
         volume.name = name or volume.name
         with self._lock:
             self._require_open()
-            if volume.name in self._volumes or volume.name in self.host.skills:
+            if volume.name in self._volumes:
                 raise SkillInUseError(
                     f"there is a skill {volume.name!r} already; remove it, or give another name"
+                )
+            if volume.name in self.host.skills:
+                raise SkillInUseError(
+                    f"the host has a skill {volume.name!r} that is not this library's; "
+                    "host.unload it, or give another name"
                 )
             self._volumes[volume.name] = volume
         return volume.name
@@ -187,19 +202,21 @@ class Library:
 
         Raises:
             UnknownSkillError: there is none of that name.
-            SkillInUseError: it is live or leased.
+            SkillInUseError: it is live, leased or pinned.
         """
         while True:
             with self._lock:
                 volume = self._known(name)
-                if volume.leases:
-                    raise SkillInUseError(f"{name!r} is leased ({volume.leases})")
+                if volume.leases or volume.pinned:
+                    how = f"leased ({volume.leases})" if volume.leases else "pinned"
+                    raise SkillInUseError(f"{name!r} is {how}")
                 coming = volume.coming
-                if coming is None or coming.cancel():
+                if coming is None or not volume.begun:
                     self._shelf.forget(volume)
+                    volume.removed = True
                     del self._volumes[name]
                     return
-            coming.exception()  # it is being read just now: wait for that
+            concurrent.futures.wait([coming])  # it is being read just now
 
     def scan(self, folder: str | os.PathLike[str]) -> Changes:
         """Make the skills of a folder those whose files, `*.graft.safetensors`, it holds now.
@@ -240,9 +257,11 @@ class Library:
     def close(self) -> None:
         """Wait for what is being read, then unload the library's skills.
 
-        What is live stays live, and loaded under its name in the host.
+        What is live or leased stays loaded, under its name in the host. Who waits for a skill that
+        was not begun to be read gets a `HotgraftError`.
         """
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
         for thread in self._followers:
             thread.join()
         self._pool.shutdown(cancel_futures=True)
@@ -261,7 +280,10 @@ class Library:
             UnknownSkillError: there is none of that name.
         """
         with self._lock:
-            return self._coming(self._known(name))
+            coming = self._coming(self._known(name))
+        mine: Future[None] = Future()  # it may be cancelled, and the others go on
+        coming.add_done_callback(functools.partial(_pass_on, mine))
+        return mine
 
     @contextlib.contextmanager
     def lease(self, *names: str) -> Iterator[None]:
@@ -273,16 +295,21 @@ class Library:
             FormatError, OSError, BaseMismatchError: as `host.load`, and whatever else it raises.
                 Nobody but who waits is told, and the next lease tries again.
         """
-        leased: dict[Volume, Future[None]] = {}
+        leased: list[Volume] = []
+        coming: list[Future[None]] = []
         try:
             with self._lock:
                 for volume in [self._known(name) for name in dict.fromkeys(names)]:
-                    leased[volume] = future = self._coming(volume)
+                    coming.append(self._coming(volume))
                     volume.leases += 1
-                    hit = future.done() and volume.loaded is not None
+                    leased.append(volume)
+                    hit = coming[-1].done() and volume.loaded is not None
                     self._hits, self._misses = self._hits + hit, self._misses + (not hit)
-            for future in leased.values():
-                future.result()
+            while coming:  # emptied, for a failure must not keep itself alive
+                try:
+                    coming.pop(0).result()
+                except concurrent.futures.CancelledError:
+                    raise HotgraftError(_CLOSED) from None
             yield
         finally:
             with self._lock:
@@ -334,7 +361,7 @@ class Library:
 
     def _require_open(self) -> None:
         if self._closed.is_set():
-            raise HotgraftError("the library is closed; make another one")
+            raise HotgraftError(_CLOSED)
 
     def _known(self, name: str) -> Volume:
         self._require_open()
@@ -354,35 +381,54 @@ class Library:
         """When it is done, the skill is loaded. With the lock held."""
         if volume.coming is not None:
             return volume.coming
-        if volume.loaded is not None:
-            self._shelf.touch(volume)
-            # What is in use stays what it is.
-            if not volume.stale or volume.leases or volume.name in self.host.active:
-                done: Future[None] = Future()
-                done.set_result(None)
-                return done
+        # What is in use stays what it is, though its file be another.
+        if self._shelf.touch(volume) and (
+            not volume.stale or volume.leases or self.host.in_use(volume.name)
+        ):
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
         volume.coming = self._pool.submit(self._bring, volume)
         return volume.coming
 
     def _bring(self, volume: Volume) -> None:
         """Read and load a skill, in a thread of the pool."""
         with self._lock:
-            graft, path = volume.graft, volume.path
+            if volume.removed:
+                raise UnknownSkillError(f"the skill {volume.name!r} was removed meanwhile")
+            volume.begun = True
             stale, volume.stale = volume.stale, False
-            if stale and path is not None:
-                graft = None
+            path = volume.path
+            graft = None if stale and path is not None else volume.graft
         try:
             if graft is None:
                 assert path is not None
                 graft = Graft.load(path, verify_id=self._verify_id)
             self._shelf.load(volume, graft)
         except BaseException as error:
+            graft = None
+            traceback.clear_frames(error.__traceback__)  # which hold it too
             with self._lock:
+                volume.coming = None
                 volume.stale = volume.stale or stale
                 if stale and volume.loaded is not None and isinstance(error, SkillInUseError):
                     return  # live by now: it goes on as it was
                 self._failures += 1
             raise
         finally:
-            with self._lock:
-                volume.coming = None
+            volume.begun = False
+
+
+_CLOSED = "the library is closed; make another one"
+
+
+def _pass_on(mine: Future[None], coming: Future[None]) -> None:
+    """Give a caller's future what the library's came to."""
+    if not mine.set_running_or_notify_cancel():
+        return
+    if coming.cancelled():
+        mine.set_exception(HotgraftError(_CLOSED))
+    elif (error := coming.exception()) is not None:
+        mine.set_exception(error)
+    else:
+        mine.set_result(None)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hotgraft.errors import LibraryFullError, SkillInUseError
+from hotgraft.errors import LibraryFullError, SkillInUseError, UnknownSkillError
 from hotgraft.graft import Graft
 from hotgraft.host import Host, Skill
 
@@ -37,6 +37,10 @@ class Volume:
     leases: int = 0
     pinned: bool = False
     coming: Future[None] | None = field(default=None, repr=False)
+    """Done when it is loaded. Nobody outside the library may have it: it cannot be cancelled."""
+    begun: bool = False
+    """Whether a thread is at work on `coming`."""
+    removed: bool = False
 
 
 class Shelf:
@@ -70,13 +74,20 @@ class Shelf:
         """Of what is loaded or being loaded."""
         self.memory_nbytes = 0
         self.evictions = 0
+        self._factor = 1.0
+        """What a loaded skill takes of its graft's bytes: on a GPU it has them twice."""
 
     def __len__(self) -> int:
         return len(self._loaded)
 
-    def touch(self, volume: Volume) -> None:
-        """It is used now."""
+    def touch(self, volume: Volume) -> bool:
+        """It is used now, if it is loaded. The host may have unloaded it: `adopt`, `detach`."""
+        if volume.loaded is not None and not self._host.has(volume.loaded):
+            self._take_out(volume)
+        if volume.loaded is None:
+            return False
         self._loaded.move_to_end(volume)
+        return True
 
     def load(self, volume: Volume, graft: Graft) -> None:
         """Load a skill, in place of an earlier one of its own where there is one.
@@ -86,7 +97,8 @@ class Shelf:
             SkillInUseError: the earlier one is live; it stays loaded.
             Exception: as `host.load`.
         """
-        wanted = graft.nbytes + A_TENSOR * len(graft.names)
+        tensors = A_TENSOR * len(graft.names)
+        wanted = int(graft.nbytes * self._factor) + tensors
         with self._lock:
             if volume.loaded is not None:
                 self.unload(volume)
@@ -100,8 +112,11 @@ class Shelf:
                 self.nbytes -= wanted
             raise
         with self._lock:
-            volume.loaded, volume.id, volume.nbytes = loaded, graft.id, loaded.nbytes
-            self.nbytes += loaded.nbytes - wanted
+            volume.loaded, volume.id = loaded, graft.id
+            volume.nbytes = max(loaded.nbytes, graft.nbytes + tensors)
+            self.nbytes += volume.nbytes - wanted
+            self._factor = max(1.0, (loaded.nbytes - tensors) / graft.nbytes)
+            volume.coming = None
             if volume.path is None or self._memory_budget:
                 volume.graft = graft
             try:
@@ -128,22 +143,24 @@ class Shelf:
         self._drop(volume)
 
     def clear(self) -> None:
-        """Unload all that is not live."""
+        """Unload all that is neither live nor leased."""
         for volume in tuple(self._loaded):
-            with contextlib.suppress(SkillInUseError):
-                self.unload(volume)
+            if not volume.leases:
+                with contextlib.suppress(SkillInUseError):
+                    self.unload(volume)
         for volume in tuple(self._warm):
             self.forget(volume)
 
     # ---- inside ----------------------------------------------------------------------------------
 
     def _make_room(self, volume: Volume, wanted: int) -> None:
-        idle = [v for v in self._loaded if not (v.leases or v.pinned)]
+        in_use = self._host.in_use
+        idle = [v for v in self._loaded if not (v.leases or v.pinned or in_use(v.name))]
         if self.nbytes + wanted - sum(v.nbytes for v in idle) <= self._budget:
             for victim in idle:
                 if self.nbytes + wanted <= self._budget:
                     return
-                with contextlib.suppress(SkillInUseError):  # live
+                with contextlib.suppress(SkillInUseError):  # live by now
                     self._take_out(victim)
                     self.evictions += 1
                     self._keep_warm(victim)
@@ -155,14 +172,21 @@ class Shelf:
             )
 
     def _take_out(self, volume: Volume) -> None:
-        self._host.unload(volume.name)
+        assert volume.loaded is not None
+        if self._host.has(volume.loaded):
+            with contextlib.suppress(UnknownSkillError):  # gone just now
+                self._host.unload(volume.name)
         self.nbytes -= volume.nbytes
         volume.loaded, volume.nbytes = None, 0
         del self._loaded[volume]
 
     def _keep_warm(self, volume: Volume) -> None:
         """Keep an evicted skill's graft, as far as that may be."""
-        if volume.path is not None and volume.graft is not None:
+        if volume.path is None or volume.graft is None:
+            return
+        if volume.graft.nbytes > self._memory_budget:
+            self._drop(volume)
+        else:
             self._warm[volume] = None
             self.memory_nbytes += volume.graft.nbytes
             while self.memory_nbytes > self._memory_budget:
