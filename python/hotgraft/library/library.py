@@ -223,6 +223,7 @@ class Library:
 
         A file that was replaced is read anew when its skill is asked for next and nobody uses what
         was there before. A file that is no graft is no reason to stop: `Changes.failed` tells.
+        Skills that were added otherwise are left alone.
 
         Raises:
             OSError: the folder cannot be read.
@@ -409,14 +410,12 @@ class Library:
             graft = None
             traceback.clear_frames(error.__traceback__)  # which hold it too
             with self._lock:
-                volume.coming = None
+                volume.coming, volume.begun = None, False
                 volume.stale = volume.stale or stale
                 if stale and volume.loaded is not None and isinstance(error, SkillInUseError):
                     return  # live by now: it goes on as it was
                 self._failures += 1
             raise
-        finally:
-            volume.begun = False
 
 
 _CLOSED = "the library is closed; make another one"

@@ -116,7 +116,7 @@ class Shelf:
             volume.nbytes = max(loaded.nbytes, graft.nbytes + tensors)
             self.nbytes += volume.nbytes - wanted
             self._factor = max(1.0, (loaded.nbytes - tensors) / graft.nbytes)
-            volume.coming = None
+            volume.coming, volume.begun = None, False
             if volume.path is None or self._memory_budget:
                 volume.graft = graft
             try:
