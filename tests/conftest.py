@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from hosts import Workshop
+from hosts import Workshop, holds
 from hypothesis import HealthCheck, settings
+from libraries import Place
 
 settings.register_profile(
     "hotgraft",
@@ -55,6 +57,15 @@ def shop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
     yield made
     made.host.detach(force=True)
     assert made.is_base()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A model that holds the base's bits again when the test is over, and a folder of skills."""
+    made = Place(tmp_path)
+    yield made
+    made.host.detach(force=True)
+    assert holds(made.model, made.base)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,6 @@ from hotgraft.errors import (
 from hotgraft.library.shelf import A_TENSOR
 from libraries import NAMES, Gated, Place, eventually, loaded
 from torch import nn
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    found = Place(tmp_path)
-    yield found
-    found.host.detach(force=True)
-    assert holds(found.model, found.base)
-
 
 # ---- loading and switching -----------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from hotgraft.errors import (
     FormatError,
 )
 from libraries import NAMES, Place, eventually
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    found = Place(tmp_path)
-    yield found
-    found.host.detach(force=True)
-    assert holds(found.model, found.base)
 
 
 def test_a_folder_is_followed(place: Place) -> None:
