@@ -96,7 +96,9 @@ def _measure(lab: Lab, rows: Rows, first: str, second: str, seed: int, way: Way)
 def _weights(lab: Lab, first: grid.Cell, second: grid.Cell, way: Way) -> Mapping[str, Tensor]:
     """The weights of a model; what was learnt on the way is kept in the lab's folder."""
     whole = load_file(lab.finetuned(first)[0])
-    graft = None if way.density is None else _graft(lab, first, way.density)
+    graft = None
+    if way.density is not None:
+        graft, _ = lab.localize(grid.Mask(first, METHOD, way.density))
     start = whole
     if way.start == "graft":
         assert graft is not None
@@ -110,13 +112,6 @@ def _weights(lab: Lab, first: grid.Cell, second: grid.Cell, way: Way) -> Mapping
         added, _ = lab.localize(mask, path=path, start=start)
         return grafted(lab, added, start)
     return load_file(_learnt(lab, first, second, way, start, graft))
-
-
-def _graft(lab: Lab, cell: grid.Cell, density: float) -> Graft:
-    path = lab.path(cell, f"{METHOD}-{density:g}-{lab.recipe.learned_steps}.graft.safetensors")
-    if not path.exists():
-        lab.localize(grid.Mask(cell, METHOD, density))[0].save(path)
-    return Graft.load(path)
 
 
 def _learnt(

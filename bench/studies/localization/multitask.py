@@ -92,7 +92,8 @@ def _masks(
         return
     grafts, seconds = {}, {}
     for task in cell.tasks:
-        grafts[task], seconds[task] = _graft(lab, cell, task, density)
+        mask = grid.Mask(cell, METHOD, density)
+        grafts[task], seconds[task] = lab.localize(mask, task=task)
     if rows.find(overlap) is None:
         rows.add({**overlap, "recipe": vars(lab.recipe), **_overlap(grafts)})
     for of, lacking in todo:
@@ -114,18 +115,6 @@ def _lacking(
         wanted = {**key, "on": task}
         if rows.find(wanted) is None:
             yield task, wanted
-
-
-def _graft(lab: Lab, cell: grid.Cell, task: str, density: float) -> tuple[Graft, float | None]:
-    """One task's graft, kept in the folder, and the seconds that it took if it was made now."""
-    path = lab.path(
-        cell, f"{task}-{METHOD}-{density:g}-{lab.recipe.learned_steps}.graft.safetensors"
-    )
-    if path.exists():
-        return Graft.load(path), None
-    graft, seconds = lab.localize(grid.Mask(cell, METHOD, density), task=task)
-    graft.save(path)
-    return graft, seconds
 
 
 def _overlap(grafts: dict[str, Graft]) -> dict[str, Any]:

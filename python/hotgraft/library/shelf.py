@@ -83,7 +83,7 @@ class Shelf:
     def touch(self, volume: Volume) -> bool:
         """It is used now, if it is loaded. The host may have unloaded it: `adopt`, `detach`."""
         if volume.loaded is not None and not self._host.has(volume.loaded):
-            self._take_out(volume)
+            self.forget(volume)
         if volume.loaded is None:
             return False
         self._loaded.move_to_end(volume)
@@ -100,9 +100,7 @@ class Shelf:
         tensors = A_TENSOR * len(graft.names)
         wanted = int(graft.nbytes * self._factor) + tensors
         with self._lock:
-            if volume.loaded is not None:
-                self.unload(volume)
-            self._cool(volume)
+            self.forget(volume)
             self._make_room(volume, wanted)
             self.nbytes += wanted  # so that nobody else takes it meanwhile
         try:
@@ -124,19 +122,14 @@ class Shelf:
             finally:
                 self._loaded[volume] = None
                 if self.nbytes > self._budget:
-                    self.unload(volume)
+                    self.forget(volume)
 
-    def unload(self, volume: Volume) -> None:
-        """Unload a skill, and do not keep it in memory.
+    def forget(self, volume: Volume) -> None:
+        """Unload a skill if it is loaded, and do not keep it in memory.
 
         Raises:
             SkillInUseError: it is live.
         """
-        self._take_out(volume)
-        self._drop(volume)
-
-    def forget(self, volume: Volume) -> None:
-        """As `unload`, of one that may not be loaded."""
         if volume.loaded is not None:
             self._take_out(volume)
         self._cool(volume)
@@ -147,7 +140,7 @@ class Shelf:
         for volume in tuple(self._loaded):
             if not volume.leases:
                 with contextlib.suppress(SkillInUseError):
-                    self.unload(volume)
+                    self.forget(volume)
         for volume in tuple(self._warm):
             self.forget(volume)
 
