@@ -14,13 +14,26 @@ SEEDS = (0, 1, 2)
 DENSITIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
+class Arm(NamedTuple):
+    """A way to fine-tune."""
+
+    label: str
+    """What the page calls it."""
+    adamw: bool = False
+    """AdamW, not SGD."""
+    l1: float = 0.0
+    """The pull towards the base."""
+    effort: float = 1.0
+    """The part of the recipe's steps that it takes."""
+
+
 class Cell(NamedTuple):
     """One fine-tuned model."""
 
     task: str
     """Several, joined by `+`, were learnt at once, a batch of each in turn."""
     arm: str
-    """How it was fine-tuned."""
+    """How it was fine-tuned: one of `ARMS`."""
     seed: int
 
     @property
@@ -95,20 +108,23 @@ CORE = Grid(
     (1e-3, 1e-4, 1e-2),
 )
 ARMS = {
-    "sgd": "SGD",
-    "adamw": "AdamW",
-    "adamw_l1=0.3": "AdamW, L1 0.3",
-    "adamw_l1=0.8": "AdamW, L1 0.8",
+    "sgd": Arm("SGD"),
+    "sgd_half": Arm("SGD, half the steps", effort=0.5),
+    "sgd_triple": Arm("SGD, three times the steps", effort=3.0),
+    "adamw": Arm("AdamW", adamw=True),
+    "adamw_l1=0.3": Arm("AdamW, L1 0.3", adamw=True, l1=0.3),
+    "adamw_l1=0.8": Arm("AdamW, L1 0.8", adamw=True, l1=0.8),
 }
-"""What a model was fine-tuned with, and what it is called."""
 FULL = (
     CORE,
+    Grid(cells(TASKS, "sgd_half"), ("magnitude", "learned", "random"), (1e-3,)),
+    Grid(cells(TASKS[:1], "sgd_triple"), ("magnitude", "learned"), (1e-3, 1e-2)),
     CORE._replace(cells=cells(TASKS, "sgd")),
     Grid(cells(TASKS, "sgd"), (*METHODS, "shuffled"), (1e-3, 1e-4, 1e-2)),
     *(
         Grid(cells(TASKS[:4], arm), ("magnitude", "learned", "first_order"), DENSITIES)
         for arm in reversed(ARMS)
-        if arm != "sgd"
+        if ARMS[arm].adamw
     ),
     Grid(cells(TASKS, "sgd"), (*METHODS, "shuffled"), DENSITIES),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,8 @@ from bench.studies.localization import grid, tasks
 
 Weights = Mapping[str, Tensor]
 SCOPE = "encoder"
+BASE = "base"
+"""In the place of an arm: not fine-tuned."""
 MAX_TOKENS = 48
 """The texts have 140 characters; few reach this."""
 ESTIMATES = ("accuracy", "f1", "nll", "brier", "ece10", "ece15", "rel", "agreement")
@@ -50,11 +51,6 @@ class Lab:
         work.mkdir(parents=True, exist_ok=True)
         self.model, self._tokenizer = loaded or load_model(find_model())
         self.base_id = hotgraft.fingerprint(self.model)
-
-    def shorter(self, steps: int) -> Lab:
-        """A lab of the same model and folder that fine-tunes for another number of steps."""
-        recipe = dataclasses.replace(self.recipe, steps=steps)
-        return Lab(self._work, recipe, (self.model, self._tokenizer))
 
     @functools.cache  # noqa: B019 - a handful of labs
     def task(self, name: str) -> tasks.Task:
@@ -107,8 +103,7 @@ class Lab:
             start: what is fine-tuned, if not the base.
             protected: its positions stay as they are.
         """
-        joint = len(cell.tasks) > 1
-        each = self.recipe.joint_steps if joint else self.recipe.steps
+        each = self._steps(cell)
         lessons = [[(task, b) for b in self.batches(task, each, cell.seed)] for task in cell.tasks]
         batches = [batch for turn in zip(*lessons, strict=True) for batch in turn]
 
@@ -116,7 +111,7 @@ class Lab:
             return self.readout(batch[0]).loss(model, batch[1])
 
         with self.holding(start or {}):
-            optimizer = optimizer_of(cell.arm, self.model)
+            optimizer = optimizer_of(grid.ARMS[cell.arm], self.model)
             if protected is not None:
                 train.protect(optimizer, self.model, protected)
             begin = time.perf_counter()
@@ -141,7 +136,7 @@ class Lab:
     def logits(self, cell: grid.Cell | None, task: str, which: str) -> Tensor:
         """Those of a fine-tuned model, or of the base, on a test; kept in the folder."""
         about = f"{which}-{self.recipe.texts}-{self.recipe.ood_texts}"
-        owner = cell or grid.Cell(task, "base", 0)
+        owner = cell or grid.Cell(task, BASE, 0)
         path = self.path(owner, f"{task}-{about}.logits")
         if not path.exists():
             if cell is None:
@@ -241,18 +236,22 @@ class Lab:
 
     def path(self, cell: grid.Cell, ending: str) -> Path:
         """A file of the folder, named after what a model was fine-tuned on, and how."""
-        recipe = self.recipe
-        steps = 0 if cell.arm == "base" else recipe.steps
-        if len(cell.tasks) > 1:
-            steps = recipe.joint_steps
+        steps = self._steps(cell)
         return self._work / f"{cell.task}-{cell.arm}-{cell.seed}-{steps}.{ending}"
 
+    def _steps(self, cell: grid.Cell) -> int:
+        """Those of fine-tuning on each of a cell's tasks; none for the base."""
+        if cell.arm == BASE:
+            return 0
+        steps = self.recipe.joint_steps if len(cell.tasks) > 1 else self.recipe.steps
+        return int(grid.ARMS[cell.arm].effort * steps)
 
-def optimizer_of(arm: str, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of one of `grid.ARMS`, otherwise with the helpers' defaults."""
-    if arm == "sgd":
-        return train.sgd(model, scope=SCOPE)
-    return train.adamw(model, l1=float(arm.partition("_l1=")[2] or 0.0), scope=SCOPE)
+
+def optimizer_of(arm: grid.Arm, model: nn.Module) -> torch.optim.Optimizer:
+    """An arm's optimizer, otherwise with the helpers' defaults."""
+    if arm.adamw:
+        return train.adamw(model, l1=arm.l1, scope=SCOPE)
+    return train.sgd(model, scope=SCOPE)
 
 
 def shuffled(mask: Mask, seed: int) -> Mask:

@@ -445,4 +445,4 @@ def _entry(row: Row, what: str, a: str, b: str) -> float:
 
 
 def _arm(arm: str) -> str:
-    return grid.ARMS.get(arm, arm)
+    return grid.ARMS[arm].label

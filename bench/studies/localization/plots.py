@@ -29,7 +29,9 @@ _COLORS = {
     "random": _OTHER,
     "shuffled": _FLOOR,
 }
-_ARMS = dict(zip(grid.ARMS, (_MINE, "#1d4ed8", "#a16207", "#0f766e"), strict=True))
+_ARMS = dict(
+    zip(grid.ARMS, (_MINE, "#be185d", "#7e22ce", "#1d4ed8", "#a16207", "#0f766e"), strict=True)
+)
 _COLUMNS = 3
 
 

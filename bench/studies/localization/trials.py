@@ -36,13 +36,13 @@ class Trial(NamedTuple):
     changes: dict[str, Any] = {}  # noqa: RUF012 - nobody writes it
     """Hyper-parameters of `Learned`."""
     distilled: bool = False
-    finetuned: float = 1.0
-    """The part of the study's steps of fine-tuning."""
+    arm: str = "sgd"
+    """Of `grid.ARMS`: how the searched model was fine-tuned."""
 
 
 TRIALS = (
     Trial("as in the study"),
-    Trial("half the fine-tuning", finetuned=0.5),
+    Trial("half the fine-tuning", arm="sgd_half"),
     Trial("twice the steps", {"steps": 400}),
     Trial("distilled", distilled=True),
     Trial("twice the rate", {"rate": 1.6}),
@@ -73,8 +73,7 @@ def run(
 
 
 def _measure(lab: Lab, name: str, trial: Trial, density: float) -> dict[str, Any]:
-    cell = grid.Cell(name, "sgd", SEED)
-    path, _ = lab.shorter(int(trial.finetuned * lab.recipe.steps)).finetuned(cell)
+    path, _ = lab.finetuned(grid.Cell(name, trial.arm, SEED))
     readout = lab.readout(name)
     data: list[Any] = lab.batches(name, None, 1000 + SEED)
     kept_back = tasks.load(name).test.parts(lab.recipe.texts)[1]
