@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,59 +12,13 @@ import torch
 from hosts import contents, holds
 from hotgraft import attach, diff, fingerprint
 from safetensors.torch import load_file
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
-
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 61,
-}
-
-
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **TINY, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def bert(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**TINY, num_labels=3)).to(dtype).eval()
-
-
-def fine_tuned(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A copy with some weights moved, as training would."""
-    tuned = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            chosen = torch.rand(parameter.shape, generator=generator) < 0.05
-            step = torch.randn(parameter.shape, generator=generator) * 0.3
-            parameter.add_((step * chosen).to(parameter.dtype))
-    return tuned
+from toys import bert, fine_tuned, llama
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.arange(1, 25).view(2, 12)).logits.clone()
-
-
-def generated(model: PreTrainedModel) -> list[int]:
-    out = model.generate(
-        torch.tensor([[1, 5, 7]]), max_new_tokens=12, min_new_tokens=12, do_sample=False
-    )
-    tokens: list[int] = out[0].tolist()
-    return tokens
 
 
 @pytest.mark.parametrize("make", [llama, bert])
@@ -103,37 +55,6 @@ def test_a_sparse_graft_of_the_largest_differences() -> None:
     assert holds(model, factories.grafted(base, graft))
     host.deactivate()
     assert holds(model, base)
-
-
-def test_generation_inside_a_hold_uses_one_set_of_weights() -> None:
-    model = llama()
-    tuned = fine_tuned(model, 1)
-    wanted = {"base": generated(model), "a": generated(tuned)}
-    assert wanted["base"] != wanted["a"]
-    host = attach(model)
-    host.load(diff(model, tuned), name="a")
-    stop = threading.Event()
-
-    def switch() -> None:
-        while not stop.wait(0.001):
-            host.activate(*(() if host.active else ("a",)))
-
-    thread = threading.Thread(target=switch)
-    thread.start()
-    seen = set()
-    try:
-        for _ in range(200):
-            with host.hold():
-                live = host.active or ("base",)
-                assert generated(model) == wanted[live[0]]
-            seen.add(live[0])
-            if len(seen) == 2:
-                break
-            stop.wait(0.005)
-    finally:
-        stop.set()
-        thread.join()
-    assert seen == {"base", "a"}
 
 
 def test_save_pretrained_while_live_writes_the_fine_tuned_model(tmp_path: Path) -> None:
