@@ -45,7 +45,7 @@ LAYERS = [
     {"composer"},
     {"host"},
     {"library"},
-    {"search", "train", "tasks"},
+    {"search", "train", "tasks", "serve"},
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},
     {"arguments", "console"},

@@ -115,7 +115,7 @@ class Ledger:
         """Begin to bring near what committing the target will look at and write."""
         first = None
         for plan in (target.plan, self.live.plan):
-            if plan is not None:
+            if plan is not None and plan.launches:
                 plan.watch.prefetch()
                 launch = plan.launches[0]
                 first = launch, launch.old if plan is self.live.plan else launch.new

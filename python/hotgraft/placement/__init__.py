@@ -5,14 +5,21 @@ from hotgraft.placement.names import Names
 from hotgraft.placement.overlay import expected_bits, share_cells
 from hotgraft.placement.plain import Backends, Launch, Plan, compile_plan, resolve_backends
 from hotgraft.placement.slots import Slot, find_slots
+from hotgraft.placement.traced import Placed, Region, Trace, View
+from hotgraft.placement.tracing import Loader, trace
 from hotgraft.placement.watch import Watch, Wiring, watch
 
 __all__ = [
     "Backends",
     "Launch",
+    "Loader",
     "Names",
+    "Placed",
     "Plan",
+    "Region",
     "Slot",
+    "Trace",
+    "View",
     "Watch",
     "Wiring",
     "compile_plan",
@@ -22,5 +29,6 @@ __all__ = [
     "refuse_nonfinite",
     "resolve_backends",
     "share_cells",
+    "trace",
     "watch",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +127,7 @@ def _rename(graft: Graft, found: Mapping[str, Slot]) -> Graft:
     for names in tellers.values():
         if alone.isdisjoint(names):
             parts += _united(graft, {name: found[name] for name in names})
-    return _assemble(graft, parts)
+    return assemble(graft, parts)
 
 
 def _united(graft: Graft, found: Mapping[str, Slot]) -> list[Part]:
@@ -138,26 +138,48 @@ def _united(graft: Graft, found: Mapping[str, Slot]) -> list[Part]:
     home = next(iter(found.values())).home
     rows = [row for row in graft.rows if row.name in found]
     columns = [(_in_home(graft, row, found[row.name]), *graft.arrays(row)[1:]) for row in rows]
-    where = np.concatenate([positions for positions, _, _ in columns])
+    where, new, old = (np.concatenate(column) for column in zip(*columns, strict=True))
+    if len({row.dtype for row in rows}) > 1:
+        _refuse_tied(found)
+    return rows_of(home.name, home.shape, rows[0].dtype, *unite(found, where, new, old))
+
+
+def unite(names: Iterable[str], where: Offsets, new: Bits, old: Bits) -> tuple[Offsets, Bits, Bits]:
+    """Entries of one tensor, in any order, as ascending ones; a position may come again, unchanged.
+
+    Args:
+        names: the tensors of the graft that they come from, for the message.
+        where: int64[n], positions in C order.
+        new, old: their bits.
+
+    Raises:
+        CoverageError: the bits at a position that comes again differ.
+    """
     order = np.argsort(where, kind="stable")
-    where = where[order]
+    where, new, old = where[order], new[order], old[order]
     again = np.flatnonzero(where[1:] == where[:-1])
-    values = []
-    for column in (1, 2):
-        bits = np.concatenate([c[column] for c in columns])[order]
-        if len({row.dtype for row in rows}) > 1 or (bits[again] != bits[again + 1]).any():
-            first, second = sorted(found)[:2]
-            raise CoverageError(
-                f"{first!r} and {second!r} share memory in this host (tied), but the graft's "
-                "entries for them differ; leave one of them out"
-            )
-        values.append(np.delete(bits, again))
-    where, (new, old) = np.delete(where, again), values
+    if (new[again] != new[again + 1]).any() or (old[again] != old[again + 1]).any():
+        _refuse_tied(names)
+    return np.delete(where, again), np.delete(new, again), np.delete(old, again)
+
+
+def _refuse_tied(names: Iterable[str]) -> NoReturn:
+    first, second, *_ = (*sorted(set(names)), *names)
+    raise CoverageError(
+        f"{first!r} and {second!r} share memory in this host (tied), but the graft's "
+        "entries for them differ; leave one of them out"
+    )
+
+
+def rows_of(
+    name: str, shape: tuple[int, ...], dtype: str, where: Offsets, new: Bits, old: Bits
+) -> list[Part]:
+    """Ascending entries of one tensor as rows, one a block."""
     parts = []
-    for block, size in blocks(prod(home.shape)):
+    for block, size in blocks(prod(shape)):
         begin, end = np.searchsorted(where, (block, block + size))
         if begin < end:
-            row = Row(home.name, home.shape, rows[0].dtype, block, 0, int(end - begin))
+            row = Row(name, shape, dtype, block, 0, int(end - begin))
             positions = (where[begin:end] - block).astype(np.int32)
             parts.append((row, positions, new[begin:end], old[begin:end]))
     return parts
@@ -173,7 +195,7 @@ def _in_home(graft: Graft, row: Row, slot: Slot) -> Offsets:
     return offsets + distance // slot.tensor.element_size()
 
 
-def _assemble(graft: Graft, parts: Sequence[Part]) -> Graft:
+def assemble(graft: Graft, parts: Sequence[Part]) -> Graft:
     """A graft from rows and their arrays, in any order."""
     rows: list[Row] = []
     arrays: dict[str, list[Group]] = {}
@@ -232,4 +254,4 @@ def _cast(
             CastWarning,
             stacklevel=4,
         )
-    return _assemble(graft, parts)
+    return assemble(graft, parts)

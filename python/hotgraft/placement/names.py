@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 
 from hotgraft.errors import CoverageError, LayoutError
-from hotgraft.placement.slots import Slot
 from hotgraft.weights import plain_name, sample
 
 Names = Mapping[str, str] | Callable[[str], str]
@@ -22,7 +21,7 @@ _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 def resolve_names(
     wanted: Iterable[str],
-    slots: Mapping[str, Slot],
+    slots: Collection[str],
     model: torch.nn.Module,
     names: Names | None = None,
 ) -> tuple[dict[str, str], list[str]]:
@@ -81,7 +80,7 @@ def resolve_names(
     return found, [name for name in wanted if name not in found]
 
 
-def missing_message(missing: list[str], slots: Mapping[str, Slot]) -> str:
+def missing_message(missing: list[str], slots: Collection[str]) -> str:
     """What to say of names that the host lacks."""
     return (
         f"the host lacks {sample(missing)}; the nearest name it has to {missing[0]!r} is "
@@ -105,7 +104,7 @@ def _ties(model: torch.nn.Module) -> dict[str, str]:
     return ties
 
 
-def _one_prefix(names: list[str], slots: Mapping[str, Slot]) -> Callable[[str], str]:
+def _one_prefix(names: list[str], slots: Collection[str]) -> Callable[[str], str]:
     """The one renaming by a prefix that finds the most names; the identity if none finds any."""
     longer: dict[str, list[str]] = {}  # the tail of a host's name -> what stands before it
     for slot in slots:
@@ -135,7 +134,7 @@ def _splits(name: str) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs if not _NUMBER.search(a) or _NUMBER.search(b)]
 
 
-def _refuse_fused(name: str, slots: Mapping[str, Slot]) -> None:
+def _refuse_fused(name: str, slots: Collection[str]) -> None:
     """Refuse one expert's tensor where the host keeps those of all experts in one."""
     if not _EXPERT.search(name):
         return

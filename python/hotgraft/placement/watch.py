@@ -28,7 +28,9 @@ class Wiring:
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self._slots = tuple(slots)
-        _, self.owners, self._keys, self._objects = zip(*self._hung(), strict=True)
+        hung = [entry[1:] for entry in self._hung()]
+        # None, where a shard holds nothing of a graft.
+        self.owners, self._keys, self._objects = zip(*hung, strict=True) if hung else ((), (), ())
 
     def check(self) -> None:
         """Raises `HostChangedError` if one was replaced."""

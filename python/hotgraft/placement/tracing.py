@@ -1,0 +1,191 @@
+"""Tracing: watch a model's own loader once, to learn where it puts which slice of a checkpoint.
+
+The loader is fed tensors on the meta device, which have shapes but no values. What it slices,
+transposes and reshapes is still a view of them, and where it copies such a view into a parameter,
+both views are recorded and nothing is copied: the weights stay as they are, and a model of any size
+takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hotgraft.errors import LayoutError
+from hotgraft.placement.memory import extent
+from hotgraft.placement.slots import Slot, find_slots, overlaps_itself
+from hotgraft.placement.traced import Region, Trace, View
+from hotgraft.weights import Spec
+
+Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
+"""A model's way to take a checkpoint: names with tensors, one by one (vLLM's `load_weights`)."""
+
+_CONSTANTS = ("aten::fill_", "aten::zero_")
+_READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+
+
+def trace(model: torch.nn.Module, load: Loader, specs: Mapping[str, Spec]) -> Trace:
+    """Learn where a loader puts a checkpoint's tensors.
+
+    Args:
+        model: what the loader fills. Its weights are neither read nor written here.
+        load: the loader, which may be called once more.
+        specs: the checkpoint's tensors, in the order in which they are to be loaded.
+
+    Raises:
+        LayoutError: the loader fails on tensors that have no values.
+
+    Example:
+        >>> from hotgraft.format import dtype_of
+        >>> fused = torch.nn.Linear(2, 4, bias=False)
+        >>> def load(weights):
+        ...     for name, tensor in weights:
+        ...         fused.weight.data[:2 if name == "q" else 4][-2:].copy_(tensor)
+        >>> half = Spec((2, 2), dtype_of(torch.float32, "q"))
+        >>> found = trace(fused, load, {"q": half, "k": half})
+        >>> found.regions["k"][0].target.offset
+        4
+    """
+    recorder = _Recorder(find_slots(model))
+    before = {id(p): p.data for p in _tensors(model)}
+    try:
+        with recorder:
+            load(recorder.feed(specs))
+    except LayoutError:
+        raise
+    except Exception as error:
+        raise LayoutError(
+            f"the loader of {type(model).__name__} cannot be traced: at {recorder.current!r} it "
+            f"failed on a tensor without values ({error})"
+        ) from error
+    finally:
+        for tensor in _tensors(model):
+            kept = before.get(id(tensor))
+            if kept is not None and tensor.data_ptr() != kept.data_ptr():
+                recorder.refuse(tensor, "its storage is replaced when it is loaded")
+                tensor.data = kept
+    return Trace(recorder.slots, specs, recorder.regions, recorder.refused)
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records copies of a checkpoint's views into slots, and lets nothing write to a slot."""
+
+    def __init__(self, slots: Mapping[str, Slot]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.slots = slots
+        self.regions: dict[str, list[Region]] = {}
+        self.refused: dict[str, str] = {}
+        self.current = ""
+        """The tensor that the loader was given last."""
+        self._homes = sorted({id(s.home): s.home for s in slots.values()}.values(), key=_begin)
+        self._sources: dict[int, tuple[str, Any]] = {}  # a checkpoint's tensor by its storage
+        self._made: dict[int, tuple[set[str], Any]] = {}  # from which ones a storage was computed
+
+    def feed(self, specs: Mapping[str, Spec]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors without values."""
+        for name, (shape, dtype) in specs.items():
+            tensor = torch.empty(shape, dtype=dtype.torch, device="meta")
+            storage = tensor.untyped_storage()
+            self._sources[storage._cdata] = name, storage
+            self.current = name
+            yield name, tensor
+
+    def refuse(self, tensor: torch.Tensor, why: str) -> None:
+        """Nothing of what was put into this tensor may be grafted."""
+        for name, regions in self.regions.items():
+            if any(self.slots[r.slot].tensor is tensor for r in regions):
+                self.refused.setdefault(name, why)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        names = self._names(tree_leaves((args, kwargs)))
+        if schema.name in _READS and names:
+            self._refuse(names, "its values decide how it is loaded")
+            if schema.name == _READS[0]:
+                return 0.0
+        written = [
+            given
+            for given, argument in zip(args, schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        for target in filter(torch.is_tensor, tree_leaves(written)):
+            home = self._home(target)
+            if home is not None:
+                self._record(schema.name, target, home, args, names)
+                return args[0]
+            self._mark(target, names)
+            if names and not target.is_meta:
+                return args[0]  # there are no values to write
+        result = func(*args, **kwargs)
+        for made in filter(torch.is_tensor, tree_leaves(result)):
+            if made.untyped_storage()._cdata not in self._sources:
+                self._mark(made, names)
+        return result
+
+    def _record(
+        self, name: str, target: torch.Tensor, home: Slot, args: tuple[Any, ...], names: set[str]
+    ) -> None:
+        source = args[1] if name == "aten::copy_" and len(args) > 1 else None
+        known = self._sources.get(source.untyped_storage()._cdata) if source is not None else None
+        if known is None:
+            if name not in _CONSTANTS:
+                self._refuse(names or {self.current}, f"it is computed when it is loaded ({name})")
+            return
+        assert source is not None
+        if source.shape != target.shape:
+            source = source.expand(target.shape)
+        if overlaps_itself(tuple(source.shape), source.stride()):
+            self._refuse({known[0]}, "one of its elements goes to many places")
+            return
+        offset = (target.data_ptr() - home.tensor.data_ptr()) // target.element_size()
+        region = Region(home.name, View.of(source), View.of(target)._replace(offset=offset))
+        self.regions.setdefault(known[0], []).append(region)
+
+    def _home(self, target: torch.Tensor) -> Slot | None:
+        """The slot that this is a part of."""
+        if target.is_meta or not target.numel():
+            return None
+        begin, end = extent(target)
+        for slot in self._homes:
+            if slot.tensor.device == target.device:
+                there = extent(slot.tensor)
+                if there[0] <= begin and end <= there[1]:
+                    return slot
+        return None
+
+    def _names(self, values: Iterable[Any]) -> set[str]:
+        """The checkpoint's tensors that some values come from."""
+        found: set[str] = set()
+        for value in values:
+            if torch.is_tensor(value):
+                storage = value.untyped_storage()._cdata
+                if storage in self._sources:
+                    found.add(self._sources[storage][0])
+                found |= self._made.get(storage, (set(), None))[0]
+        return found
+
+    def _mark(self, tensor: torch.Tensor, names: set[str]) -> None:
+        if names:
+            storage = tensor.untyped_storage()
+            before = self._made.get(storage._cdata, (set(), None))[0]
+            self._made[storage._cdata] = names | before, storage
+
+    def _refuse(self, names: Iterable[str], why: str) -> None:
+        for name in names:
+            self.refused.setdefault(name, why)
+
+
+def _begin(slot: Slot) -> int:
+    return slot.tensor.data_ptr() if not slot.tensor.is_meta else 0

@@ -1,0 +1,1 @@
+"""Skills inside inference servers: swapped between two steps while they serve."""

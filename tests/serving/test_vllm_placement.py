@@ -1,0 +1,97 @@
+"""Traced placement in real vLLM models: what `load_weights` of a patched checkpoint would give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoints
+import hotgraft
+import pytest
+import ranks
+import torch
+from hotgraft.errors import LayoutError
+from hotgraft.placement import trace
+from hotgraft.weights import open_weights
+from safetensors.torch import load_file, save_file
+
+COUNTS = (1, 2)
+REPACKED = "experts"
+
+
+def compare(rank: int, count: int, folder: Path) -> None:
+    """Every architecture: place a graft, and load what it makes of the checkpoint."""
+    from hotgraft.serve.vllm.live import keep_weights_live, packed_layers
+
+    keep_weights_live()
+    for name in checkpoints.ARCHITECTURES:
+        meeting = folder / f"meet-{name}-{count}"
+        with ranks.vllm_model(folder / name, rank, count, meeting) as model:
+            assert packed_layers(model) == []
+            with open_weights(folder / name) as weights:
+                found = trace(model, model.load_weights, weights.specs)
+                found.verify(weights)
+            state = load_file(folder / name / "model.safetensors")
+            assert set(found.regions) == set(state)
+            # vLLM repacks experts for the CPU, at the same shape.
+            assert set(found.refused) == {n for n in state if REPACKED in n}
+            if found.refused:
+                experts = {n: state[n] for n in found.refused}
+                with pytest.raises(LayoutError, match=r"experts.*repacked"):
+                    found.place(hotgraft.diff(experts, checkpoints.tuned(experts)), model)
+            old = {n: t for n, t in state.items() if n not in found.refused}
+            new = checkpoints.tuned(old)
+            graft = hotgraft.diff(old, new)
+            placed, which = found.place(graft, model)
+
+            before = bits(model)
+            host = hotgraft.attach(model)
+            host.load(placed, name="tuned")
+            host.activate("tuned")
+            live = bits(model)
+            host.detach(force=True)
+            assert_equal(bits(model), before, name)
+            model.load_weights(new.items())
+            assert_equal(live, bits(model), name)
+            save_file({"which": torch.from_numpy(which)}, folder / f"{name}-{count}-{rank}")
+
+
+def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], name: str) -> None:
+    differing = [n for n in a if not torch.equal(raw(a[n]), raw(b[n]))]
+    assert not differing, f"{name}: {differing}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("toys")
+    for name in checkpoints.ARCHITECTURES:
+        checkpoints.save(name, found)
+    return found
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_placed_bits_are_loaded_bits(folder: Path, count: int) -> None:
+    ranks.run(compare, folder, count)
+    for name in checkpoints.ARCHITECTURES:
+        held = [load_file(folder / f"{name}-{count}-{rank}")["which"] for rank in range(count)]
+        assert torch.stack(held).any(0).all(), name  # no entry is without a place
+
+
+def look_for_packed(rank: int, count: int, folder: Path) -> None:
+    """As vLLM loads on a CPU by default."""
+    from hotgraft.serve.vllm.live import packed_layers
+
+    with ranks.vllm_model(folder / "llama", rank, count, folder / "meet-packed") as model:
+        assert "lm_head" in packed_layers(model)
+        assert "model.layers.0.self_attn.qkv_proj" in packed_layers(model)
+
+
+def test_packed_weights_are_seen(folder: Path) -> None:
+    ranks.run(look_for_packed, folder, 1)
