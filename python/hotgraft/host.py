@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import threading
 import warnings
@@ -129,19 +127,12 @@ class Host:
         """SHA-256 (hex) of the base id and the live set: a key for KV and prefix caches.
 
         Raises `HotgraftError` where the base id is not known."""
-        state = self._ledger.live
         if self._base_id is None:
             raise HotgraftError(
                 "the digest needs the base's id: hotgraft.fingerprint(model) computes it over the "
                 "weights once, for attach(model, base_id=...)"
             )
-        # The id of what is written here: after names=, cast= or partial= that is not the file's.
-        ids = [skill.plan.graft.id for skill in state.skills]
-        pairs = list(zip(ids, state.weights, strict=True))
-        if state.policy != "priority":
-            pairs.sort()
-        text = json.dumps([self._base_id, pairs, state.policy])
-        return hashlib.sha256(b"hotgraft live 1\n" + text.encode()).hexdigest()
+        return self._ledger.live.digest(self._base_id)
 
     # ---- preparing -----------------------------------------------------------------------------
 
@@ -228,6 +219,16 @@ class Host:
             work()
 
     # ---- committing ----------------------------------------------------------------------------
+
+    def prepare(
+        self, *names: str, policy: str = "refuse", weights: Sequence[float] | None = None
+    ) -> None:
+        """Do all of `activate` that may fail for the set's own sake, and write nothing.
+
+        For hosts that must switch together: prepare on all, then activate on all. Raises as
+        `activate` does.
+        """
+        self._prepare(names, policy, weights)
 
     def activate(
         self, *names: str, policy: str = "refuse", weights: Sequence[float] | None = None

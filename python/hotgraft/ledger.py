@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,6 +81,16 @@ class LiveSet:
         """Equal for sets that give the same bits; the order counts only under `priority`."""
         pairs = tuple(zip(self.skills, self.weights, strict=True))
         return self.policy, pairs if self.policy == "priority" else frozenset(pairs)
+
+    def digest(self, base_id: str) -> str:
+        """SHA-256 (hex) of a base's id and this set."""
+        # The id of what is written here: after names=, cast= or partial= that is not the file's.
+        ids = [skill.plan.graft.id for skill in self.skills]
+        pairs = list(zip(ids, self.weights, strict=True))
+        if self.policy != "priority":
+            pairs.sort()
+        text = json.dumps([base_id, pairs, self.policy])
+        return hashlib.sha256(b"hotgraft live 1\n" + text.encode()).hexdigest()
 
 
 NOTHING = LiveSet()

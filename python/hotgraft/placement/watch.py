@@ -28,9 +28,10 @@ class Wiring:
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self._slots = tuple(slots)
-        hung = [entry[1:] for entry in self._hung()]
-        # None, where a shard holds nothing of a graft.
-        self.owners, self._keys, self._objects = zip(*hung, strict=True) if hung else ((), (), ())
+        hung = self._hung()  # none, where a shard holds nothing of a graft
+        self.owners = tuple(owner for _, owner, _, _ in hung)
+        self._keys = tuple(key for _, _, key, _ in hung)
+        self._objects = tuple(thing for _, _, _, thing in hung)
 
     def check(self) -> None:
         """Raises `HostChangedError` if one was replaced."""

@@ -8,6 +8,8 @@ it is loaded and drops the originals, so there is nothing that a graft could be 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 LINEAR = torch.nn.functional.linear
@@ -25,7 +27,7 @@ def keep_weights_live() -> None:
         utils.dispatch_cpu_unquantized_gemm = _keep
 
 
-def _keep(layer: torch.nn.Module, remove_weight: bool) -> None:  # noqa: ARG001 - vLLM's signature
+def _keep(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - vLLM's signature
     layer.cpu_linear = LINEAR
 
 

@@ -1,0 +1,154 @@
+"""Rank: the weights' side of a server's worker process, which holds a part of the model or all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from hotgraft import placement
+from hotgraft.errors import SkillInUseError, UnknownSkillError
+from hotgraft.graft import Graft
+from hotgraft.host import Host, attach
+from hotgraft.weights import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a rank has of a skill."""
+
+    name: str
+    id: str
+    """Of the graft's file."""
+    nnz: int
+    """Entries of the file."""
+    placed: bytes
+    """A bit for each of them, eight a byte: whether it has a place on this rank."""
+    nbytes: int
+    """What it takes here, in host and device memory."""
+
+    @classmethod
+    def of(cls, name: str, graft: Graft, placed: placement.Placed, nbytes: int) -> Prepared:
+        """Pack the bits."""
+        return cls(name, graft.id, graft.nnz, np.packbits(placed).tobytes(), nbytes)
+
+
+class Rank:
+    """A model with a host, and the way from a checkpoint's coordinates to the model's own.
+
+    Loading goes in steps, so that ranks can do it together: `begin` starts it in a thread,
+    `prepared` says when it is done and whether it succeeded, and then `keep` makes it a skill like
+    the others, or `withdraw` takes it back, because another rank failed. Switching too: `prepare`,
+    then `activate`.
+
+    Args:
+        model: the rank's part of the model, filled.
+        load: the model's own loader, which is traced.
+        checkpoint: what the model was loaded from; every traced coordinate is compared with it.
+
+    Raises:
+        LayoutError: the loader cannot be traced.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, load: placement.Loader, checkpoint: Checkpoint
+    ) -> None:
+        self._model = model
+        self.trace = placement.trace(model, load, checkpoint.specs)
+        self.trace.verify(checkpoint)
+        self.host: Host = attach(model)
+        self._coming: dict[str, Future[Prepared]] = {}  # begun, and neither kept nor withdrawn
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-load")
+
+    def begin(self, name: str, path: str | os.PathLike[str], cast: bool = False) -> None:
+        """Start to load a skill; steps go on meanwhile.
+
+        Args:
+            name: what to call it.
+            path: the graft's file, which this process can read.
+            cast: as in `Host.load`.
+
+        Raises:
+            SkillInUseError: there is one of that name, loaded or on its way.
+        """
+        if name in self._coming or name in self.host.skills:
+            raise SkillInUseError(f"a skill {name!r} is loaded already, or just being loaded")
+        self._coming[name] = self._threads.submit(self._load, name, path, cast)
+
+    def _load(self, name: str, path: str | os.PathLike[str], cast: bool) -> Prepared:
+        graft = Graft.load(path)
+        here, placed = self.trace.place(graft, self._model)
+        skill = self.host.load(here, name=name, cast=cast)
+        return Prepared.of(name, graft, placed, skill.nbytes)
+
+    def prepared(self, name: str) -> Prepared | None:
+        """What came of `begin`; None as long as it goes on.
+
+        Raises:
+            FormatError, OSError, BaseMismatchError, CoverageError, LayoutError, NonFiniteError: it
+                failed; nothing is loaded.
+            UnknownSkillError: nothing of that name was begun.
+        """
+        coming = self._begun(name)
+        return coming.result() if coming.done() else None
+
+    def keep(self, name: str) -> None:
+        """All ranks have it.
+
+        Raises:
+            UnknownSkillError: nothing of that name was begun.
+        """
+        self._begun(name)
+        del self._coming[name]
+
+    def withdraw(self, name: str) -> None:
+        """Take back what `begin` did, however far it is.
+
+        Raises:
+            UnknownSkillError: nothing of that name was begun.
+        """
+        coming = self._begun(name)
+        if not coming.cancel() and coming.exception() is None:
+            self.host.unload(name)
+        del self._coming[name]
+
+    def _begun(self, name: str) -> Future[Prepared]:
+        if name not in self._coming:
+            raise UnknownSkillError(f"no loading of {name!r} was begun")
+        return self._coming[name]
+
+    def unload(self, name: str) -> None:
+        """Forget a skill.
+
+        Raises:
+            SkillInUseError: it is live.
+            UnknownSkillError: there is none of that name.
+        """
+        if name in self._coming:
+            raise SkillInUseError(f"{name!r} is being loaded")
+        self.host.unload(name)
+
+    def prepare(self, names: Sequence[str], policy: str, weights: Sequence[float] | None) -> None:
+        """Compose a set, so that `activate` has only to write. Raises as `Host.activate` does."""
+        self.host.prepare(*names, policy=policy, weights=weights)
+
+    def activate(self, names: Sequence[str], policy: str, weights: Sequence[float] | None) -> None:
+        """Make exactly this set live. Raises as `Host.activate` does."""
+        self.host.activate(*names, policy=policy, weights=weights)
+
+    def verify(self) -> int:
+        """Check every entry of every skill; as `Host.verify`."""
+        return self.host.verify()
+
+    def close(self) -> None:
+        """Put the base's bits back and let go of the model.
+
+        Raises:
+            HotgraftError: the way back failed.
+        """
+        self._threads.shutdown(cancel_futures=True)
+        self.host.detach(force=True)

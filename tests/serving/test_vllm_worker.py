@@ -1,0 +1,108 @@
+"""A real vLLM engine: skills loaded and switched on all of its workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import hotgraft
+import pytest
+from hotgraft.errors import FormatError, SkillInUseError
+from hotgraft.serve.vllm.worker import connect
+from safetensors.torch import load_file, save_file
+
+EXTENSION = "hotgraft.serve.vllm.worker.Grafts"
+PROMPTS = [{"prompt_token_ids": [1, 5 + i, 9, 2 * i + 3]} for i in range(4)]
+
+
+def engine(folder: Path, ranks: int = 1, **more: Any) -> Any:
+    from vllm import LLM
+
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if ranks > 1 else "nobind"
+    return LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="bfloat16",
+        max_model_len=64,
+        tensor_parallel_size=ranks,
+        enable_prefix_caching=False,
+        **more,
+    )
+
+
+def answers(llm: Any) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=8, temperature=0, detokenize=False)
+    found = llm.generate(PROMPTS, sampling, use_tqdm=False)
+    return [list(answer.outputs[0].token_ids) for answer in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a checkpoint of the same kind with other weights, and the graft between them."""
+    found = tmp_path_factory.mktemp("worker")
+    base = checkpoints.save("llama", found)
+    state = load_file(base / "model.safetensors")
+    other = checkpoints.tuned(state, density=0.2)
+    (found / "tuned").mkdir()
+    for file in base.glob("*.json"):
+        (found / "tuned" / file.name).write_bytes(file.read_bytes())
+    save_file(other, found / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    hotgraft.diff(state, other).save(found / "tuned.graft.safetensors")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> list[list[int]]:
+    """What a server says that only ever held the other weights."""
+    found = engine(folder / "tuned", worker_extension_cls=EXTENSION)
+    said = answers(found)
+    found.llm_engine.engine_core.shutdown()
+    return said
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def llm(
+    tuned: list[list[int]],  # noqa: ARG001 - one engine after another
+    folder: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[Any]:
+    found = engine(folder / "llama", request.param, worker_extension_cls=EXTENSION)
+    found.ranks = request.param
+    yield found
+    found.llm_engine.engine_core.shutdown()
+
+
+def test_a_skill_is_the_model_it_came_from(tuned: list[list[int]], llm: Any, folder: Path) -> None:
+    ranks = connect(llm)
+    base = answers(llm)
+    graft = folder / "tuned.graft.safetensors"
+    assert ranks.load("tuned", graft).nnz == hotgraft.Graft.load(graft).nnz
+    assert answers(llm) == base  # loading changes nothing
+    ranks.activate("tuned")
+    live = answers(llm)
+    assert live != base
+    if llm.ranks == 1:  # two ranks sum up in another order
+        assert live == tuned
+    with pytest.raises(SkillInUseError, match="rank 0: 'tuned' is live"):
+        ranks.unload("tuned")
+    assert ranks.verify() > 0
+    broken = folder / "broken.graft.safetensors"
+    broken.write_bytes(graft.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(FormatError, match="rank 0"):
+        ranks.load("broken", broken)
+    assert answers(llm) == live
+    ranks.deactivate()
+    assert answers(llm) == base
+    ranks.unload("tuned")
+    assert not ranks.skills
+
+
+def test_other_methods_are_not_called(llm: Any) -> None:
+    found = llm.collective_rpc("hotgraft", args=("close", ()))
+    assert [answer["error"][0] for answer in found] == ["LookupError"] * llm.ranks
