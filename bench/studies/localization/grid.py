@@ -111,6 +111,7 @@ ARMS = {
     "sgd": Arm("SGD"),
     "sgd_half": Arm("SGD, half the steps", effort=0.5),
     "sgd_triple": Arm("SGD, three times the steps", effort=3.0),
+    "sgd_l1": Arm("SGD, L1 0.0005", l1=5e-4),
     "adamw": Arm("AdamW", adamw=True),
     "adamw_l1=0.3": Arm("AdamW, L1 0.3", adamw=True, l1=0.3),
     "adamw_l1=0.8": Arm("AdamW, L1 0.8", adamw=True, l1=0.8),

@@ -251,7 +251,10 @@ def optimizer_of(arm: grid.Arm, model: nn.Module) -> torch.optim.Optimizer:
     """An arm's optimizer, otherwise with the helpers' defaults."""
     if arm.adamw:
         return train.adamw(model, l1=arm.l1, scope=SCOPE)
-    return train.sgd(model, scope=SCOPE)
+    optimizer = train.sgd(model, scope=SCOPE)
+    if arm.l1:
+        train.pull(optimizer, model, arm.l1)
+    return optimizer
 
 
 def shuffled(mask: Mask, seed: int) -> Mask:

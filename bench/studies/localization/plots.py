@@ -30,7 +30,11 @@ _COLORS = {
     "shuffled": _FLOOR,
 }
 _ARMS = dict(
-    zip(grid.ARMS, (_MINE, "#be185d", "#7e22ce", "#1d4ed8", "#a16207", "#0f766e"), strict=True)
+    zip(
+        grid.ARMS,
+        (_MINE, "#be185d", "#7e22ce", "#15803d", "#1d4ed8", "#a16207", "#0f766e"),
+        strict=True,
+    )
 )
 _COLUMNS = 3
 
