@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 
@@ -28,6 +29,8 @@ else:
 
 METHODS = ("begin", "prepared", "keep", "withdraw", "unload", "prepare", "activate", "verify")
 """Of `Rank`: what may be called."""
+
+_ranks: WeakKeyDictionary[torch.nn.Module, Rank] = WeakKeyDictionary()
 
 keep_weights_live()  # this module is imported before the model is loaded
 
@@ -54,27 +57,11 @@ class Grafts:
             return {"error": [type(error).__name__, str(error)]}
         return {"value": dataclasses.asdict(value) if isinstance(value, Prepared) else value}
 
-    @functools.cached_property
+    @property
     def hotgraft_rank(self) -> Rank:
-        """The worker's model with a host, made when it is first asked for.
-
-        Raises:
-            LayoutError: its weights are packed, or its loader cannot be traced.
-        """
+        """The worker's model with a host, made when it is first asked for. Raises as `rank_of`."""
         worker: Any = self
-        model = worker.get_model()
-        packed = packed_layers(model)
-        if packed:
-            raise LayoutError(
-                f"vLLM packed the weights of {sample(packed)}, so there is nothing to put a graft "
-                "into. Start it with worker_cls or worker_extension_cls from "
-                "hotgraft.serve.vllm.worker, which keeps them as they are"
-            )
-        with (
-            open_weights(checkpoint_of(worker)) as weights,
-            set_current_vllm_config(worker.vllm_config),
-        ):
-            return Rank(model, model.load_weights, weights)
+        return rank_of(worker.get_model(), worker.vllm_config)
 
 
 class SkillWorker(SkillSteps, Worker, Grafts):  # type: ignore[misc]
@@ -90,13 +77,38 @@ class SkillWorker(SkillSteps, Worker, Grafts):  # type: ignore[misc]
         self.hotgraft_rank.activate((skill,) if skill else (), "refuse", None)
 
 
-def checkpoint_of(worker: Any) -> Path:
-    """The folder that a worker's model was loaded from.
+def rank_of(model: Any, config: Any) -> Rank:
+    """The host of a model that vLLM has loaded; one for each model.
+
+    Args:
+        model: the worker's.
+        config: vLLM's, which names the checkpoint.
+
+    Raises:
+        LayoutError: its weights are packed, its loader cannot be traced, or there is no checkpoint.
+    """
+    if model not in _ranks:
+        packed = packed_layers(model)
+        if packed:
+            raise LayoutError(
+                f"vLLM packed the weights of {sample(packed)}, so there is nothing to put a graft "
+                "into. Start it with worker_cls or worker_extension_cls from "
+                "hotgraft.serve.vllm.worker, which keeps them as they are"
+            )
+        with (
+            open_weights(checkpoint_of(config.model_config)) as weights,
+            set_current_vllm_config(config),
+        ):
+            _ranks[model] = Rank(model, model.load_weights, weights)
+    return _ranks[model]
+
+
+def checkpoint_of(config: Any) -> Path:
+    """The folder that a model was loaded from, by vLLM's configuration of it.
 
     Raises:
         LayoutError: it has no folder with safetensors files here.
     """
-    config = worker.model_config
     name, revision = config.model_weights or config.model, config.revision
     if Path(name).is_dir():
         return Path(name)
