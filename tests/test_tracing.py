@@ -216,9 +216,19 @@ def staged(target: Tensor, tensor: Tensor) -> None:
     target.copy_(stage)
 
 
+def many(target: Tensor, tensor: Tensor) -> None:
+    torch._foreach_copy_([target], [tensor])
+
+
+def into(target: Tensor, tensor: Tensor) -> None:
+    torch.neg(tensor, out=target)
+
+
 @pytest.mark.parametrize(
     ("way", "says"),
     [
+        (many, "computed"),
+        (into, "computed"),
         (scaled, "computed"),
         (added, "computed"),
         (joined, "computed"),
@@ -247,6 +257,31 @@ def test_what_is_computed_is_refused_by_name(
     assert placed.nnz == 12
     with pytest.raises(LayoutError, match=rf"'a' cannot be grafted .*{says}"):
         found.place(hotgraft.diff({"a": state["a"]}, {"a": state["a"] + 1}), model)
+
+
+def test_constants_are_not_written_either() -> None:
+    model = nn.ParameterDict({"a": torch.zeros(3, 4), "b": torch.ones(3, 4)})
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            torch.full((3, 4), 7.0, out=model["b"].data)
+            torch._foreach_add_([model["b"].data], 1.0)
+            model["b"].data.random_()
+            model[name].data.copy_(tensor)
+
+    state = {"a": torch.randn(3, 4)}
+    with open_weights(state) as weights:
+        found = trace(model, load, weights.specs)
+    assert torch.equal(model["b"], torch.ones(3, 4))
+    assert set(found.regions) == {"a"}
+
+
+def test_parts_of_one_parameter_in_two_precisions(server: Server, state: State) -> None:
+    found = traced(server, server.load, state)
+    zeros = {"q": torch.zeros(6, 8, dtype=torch.bfloat16), "k": torch.zeros(3, 8)}
+    graft = hotgraft.diff(zeros, {name: tensor + 1 for name, tensor in zeros.items()})
+    with pytest.raises(BaseMismatchError, match="'qkv' holds 'k', 'q' here"):
+        found.place(graft, server)
 
 
 def test_what_was_repacked_after_loading_is_refused(server: Server, state: State) -> None:

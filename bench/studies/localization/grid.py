@@ -111,7 +111,8 @@ ARMS = {
     "sgd": Arm("SGD"),
     "sgd_half": Arm("SGD, half the steps", effort=0.5),
     "sgd_triple": Arm("SGD, three times the steps", effort=3.0),
-    "sgd_l1": Arm("SGD, L1 0.0005", l1=5e-4),
+    "sgd_l1=0.0005": Arm("SGD, L1 0.0005", l1=5e-4),
+    "sgd_l1=0.001": Arm("SGD, L1 0.001", l1=1e-3),
     "adamw": Arm("AdamW", adamw=True),
     "adamw_l1=0.3": Arm("AdamW, L1 0.3", adamw=True, l1=0.3),
     "adamw_l1=0.8": Arm("AdamW, L1 0.8", adamw=True, l1=0.8),
@@ -119,7 +120,11 @@ ARMS = {
 FULL = (
     CORE,
     Grid(cells(TASKS, "sgd_half"), ("magnitude", "learned", "random"), (1e-3,)),
-    Grid(cells(TASKS[:1], "sgd_triple"), ("magnitude", "learned"), (1e-3, 1e-2)),
+    *(
+        Grid(cells(TASKS, arm), ("magnitude", "learned", "random"), (1e-3, 1e-4))
+        for arm in ("sgd_l1=0.001", "sgd_l1=0.0005")
+    ),
+    Grid(cells(("kind",), "sgd_triple"), ("magnitude", "learned"), (1e-3, 1e-2)),
     CORE._replace(cells=cells(TASKS, "sgd")),
     Grid(cells(TASKS, "sgd"), (*METHODS, "shuffled"), (1e-3, 1e-4, 1e-2)),
     *(

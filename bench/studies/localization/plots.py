@@ -32,7 +32,7 @@ _COLORS = {
 _ARMS = dict(
     zip(
         grid.ARMS,
-        (_MINE, "#be185d", "#7e22ce", "#15803d", "#1d4ed8", "#a16207", "#0f766e"),
+        (_MINE, "#be185d", "#7e22ce", "#15803d", "#84cc16", "#1d4ed8", "#a16207", "#0f766e"),
         strict=True,
     )
 )

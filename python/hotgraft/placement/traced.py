@@ -16,7 +16,7 @@ from hotgraft.placement.fit import assemble, rows_of, unite
 from hotgraft.placement.memory import Offsets
 from hotgraft.placement.names import Names, missing_message, resolve_names
 from hotgraft.placement.slots import Slot
-from hotgraft.weights import Checkpoint, Spec
+from hotgraft.weights import Checkpoint, Spec, sample
 
 Placed = npt.NDArray[np.bool_]
 """For each entry of a graft, in the order of its rows, whether it has a place in this process."""
@@ -190,7 +190,13 @@ class Trace:
                     placed[at + entries] = True
             at += row.count
         rows = []
+        dtypes: dict[str, str] = {}
         for (name, dtype), columns in parts.items():
+            if dtypes.setdefault(name, dtype) != dtype:
+                raise BaseMismatchError(
+                    f"{name!r} holds {sample(set(tellers[name]))} here, some of which are {dtype} "
+                    f"in the graft and some {dtypes[name]}"
+                )
             united = unite(tellers[name], *(np.concatenate(c) for c in zip(*columns, strict=True)))
             rows += rows_of(name, self.slots[name].shape, dtype, *united)
         return assemble(graft, rows), placed

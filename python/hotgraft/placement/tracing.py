@@ -8,6 +8,8 @@ takes milliseconds.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -86,7 +88,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.refused: dict[str, str] = {}
         self.current = ""
         """The tensor that the loader was given last."""
-        self._homes = sorted({id(s.home): s.home for s in slots.values()}.values(), key=_begin)
+        homes = {id(s.home): s.home for s in slots.values()}.values()
+        self._homes: dict[torch.device, _Map] = {}
+        for slot in homes:
+            if not slot.tensor.is_meta and slot.tensor.numel():
+                self._homes.setdefault(slot.tensor.device, _Map()).add(slot)
+        for found in self._homes.values():
+            found.close()
         self._sources: dict[int, tuple[str, Any]] = {}  # a checkpoint's tensor by its storage
         self._made: dict[int, tuple[set[str], Any]] = {}  # from which ones a storage was computed
 
@@ -116,18 +124,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if schema.name == _READS[0]:
                 return 0.0
         written = [
-            given
-            for given, argument in zip(args, schema.arguments, strict=False)
+            args[at] if at < len(args) else kwargs.get(argument.name)
+            for at, argument in enumerate(schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
+        skipped = False
         for target in filter(torch.is_tensor, tree_leaves(written)):
             home = self._home(target)
             if home is not None:
                 self._record(schema.name, target, home, args, names)
-                return args[0]
-            self._mark(target, names)
-            if names and not target.is_meta:
-                return args[0]  # there are no values to write
+            else:
+                self._mark(target, names)
+            # Weights stay as they are, and to others there are no values to write.
+            skipped |= home is not None or (bool(names) and not target.is_meta)
+        if skipped and not schema.returns:
+            return None
+        if skipped:
+            return written[0] if len(written) == 1 else tuple(written)
         result = func(*args, **kwargs)
         for made in filter(torch.is_tensor, tree_leaves(result)):
             if made.untyped_storage()._cdata not in self._sources:
@@ -157,13 +170,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The slot that this is a part of."""
         if target.is_meta or not target.numel():
             return None
-        begin, end = extent(target)
-        for slot in self._homes:
-            if slot.tensor.device == target.device:
-                there = extent(slot.tensor)
-                if there[0] <= begin and end <= there[1]:
-                    return slot
-        return None
+        there = self._homes.get(target.device)
+        return there.find(*extent(target)) if there is not None else None
 
     def _names(self, values: Iterable[Any]) -> set[str]:
         """The checkpoint's tensors that some values come from."""
@@ -187,5 +195,25 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.refused.setdefault(name, why)
 
 
-def _begin(slot: Slot) -> int:
-    return slot.tensor.data_ptr() if not slot.tensor.is_meta else 0
+class _Map:
+    """The slots of a device by address."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, int, Slot]] = []
+        self._reach: list[int] = []
+
+    def add(self, slot: Slot) -> None:
+        self._found.append((*extent(slot.tensor), slot))
+
+    def close(self) -> None:
+        self._found.sort(key=lambda entry: entry[:2])
+        self._reach = list(itertools.accumulate((end for _, end, _ in self._found), max))
+
+    def find(self, begin: int, end: int) -> Slot | None:
+        """The slot that contains these bytes."""
+        at = bisect.bisect_right(self._found, begin, key=lambda entry: entry[0]) - 1
+        while at >= 0 and self._reach[at] > begin:
+            if end <= self._found[at][1]:
+                return self._found[at][2]
+            at -= 1
+        return None
