@@ -33,7 +33,7 @@ os.environ.update(
 
 import hotgraft
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader.checkpoint_weight_patch import (
