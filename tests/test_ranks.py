@@ -245,7 +245,7 @@ def test_bad_files(
     good = skill(server, tmp_path, "up", 1.0)
     server.ranks.load("up", good)
     server.ranks.activate("up")
-    with pytest.raises(error, match="rank [01]: "):
+    with pytest.raises(error, match=r"rank [01]: "):
         server.ranks.load("bad", make(server, tmp_path))
     assert set(server.ranks.skills) == {"up"}
     assert all(set(rank.host.skills) == {"up"} for rank in server.inner)
