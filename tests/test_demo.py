@@ -20,7 +20,7 @@ from hotgraft.console import Output
 from hotgraft.demo import model as demo_model
 from hotgraft.demo import run, search, skills, timing, train
 from hotgraft.demo.task import TASKS, Task
-from hotgraft.errors import HotgraftError
+from hotgraft.errors import DataError, HotgraftError
 from hotgraft.search import Learned
 from hotgraft.tasks import Prototypes, Split
 from safetensors.torch import save_file
@@ -87,6 +87,13 @@ def trained(tmp_path: Path, *, as_json: bool = True, texts: int = 30) -> dict[st
     return run.demo(
         Output(as_json), train=True, model_folder=None, out=tmp_path / "out", texts=texts
     )
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_fine_tuning_that_gains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "accuracy", lambda *_: 0.5)
+    with pytest.raises(DataError, match=r"right in 50.0% and the base in 50.0%, so there is no"):
+        trained(tmp_path, as_json=False)
 
 
 def test_the_whole_demo_on_a_tiny_encoder(

@@ -6,6 +6,7 @@ from rich.progress import Progress
 from torch import nn
 
 import hotgraft
+from hotgraft.errors import DataError
 from hotgraft.search import Learned, Step
 from hotgraft.tasks import Readout, Split, accuracy
 
@@ -41,10 +42,18 @@ def find(
     Returns:
         the graft; and, by each density tried, which part of the gain in accuracy was kept.
 
+    Raises:
+        DataError: fine-tuning gained nothing.
+
     Example: `find(base, tuned, readout, train, choice, title="kind", progress=bars)[0].density`.
     """
     base_id = hotgraft.fingerprint(base)
     worst, best = (accuracy(model, readout, choice) for model in (base, finetuned))
+    if best <= worst:
+        raise DataError(
+            f"{title}: on the texts held out the fine-tuned model is right in {best:.1%} and the "
+            f"base in {worst:.1%}, so there is no skill to find; train for longer"
+        )
     tried: dict[str, float] = {}
     for density in DENSITIES:
         bar = progress.add_task("", total=METHOD.steps)
