@@ -223,6 +223,21 @@ def test_under_sgd_it_is_the_proximal_gradient() -> None:
     assert bits(model.weight)[[1, 3, 4]].tolist() == bits(base)[[1, 3, 4]].tolist()
 
 
+def test_sgd_with_a_pull_is_sgd_and_a_pull() -> None:
+    models = [factories.TinyModel() for _ in range(2)]
+    base = contents(factories.TinyModel())
+    pulled = train.sgd(models[0], lr=0.1, l1=0.003, base=base)
+    plain = train.sgd(models[1], lr=0.1)
+    train.pull(plain, models[1], 0.003, base=base)
+    for model, optimizer in zip(models, (pulled, plain), strict=True):
+        for seed in range(5):
+            give_gradients(model, seed)
+            optimizer.step()
+    assert holds(models[0], contents(models[1]))
+    changed = [(t != base[n]).double().mean().item() for n, t in blocks(models[0]).items()]
+    assert 0 < sum(changed) / len(changed) < 1
+
+
 def test_the_threshold_follows_each_groups_rate() -> None:
     model = nn.ModuleList([nn.Linear(3, 1, bias=False) for _ in range(2)])
     with torch.no_grad():
@@ -329,15 +344,17 @@ def test_bases_that_do_not_fit() -> None:
         train.adamw(model, l1=0.1, base=wrong)
 
 
-def test_a_base_without_a_pull() -> None:
+@pytest.mark.parametrize("make", [train.sgd, train.adamw])
+def test_a_base_without_a_pull(make: Any) -> None:
     with pytest.raises(DataError, match="l1 is 0"):
-        train.adamw(factories.TinyModel(), base=factories.TinyModel())
+        make(factories.TinyModel(), base=factories.TinyModel())
 
 
+@pytest.mark.parametrize("make", [train.sgd, train.adamw])
 @pytest.mark.parametrize("l1", [-0.1, float("nan"), float("inf")])
-def test_strengths(l1: float) -> None:
+def test_strengths(make: Any, l1: float) -> None:
     with pytest.raises(DataError, match=r"l1 .* above 0"):
-        train.adamw(factories.TinyModel(), l1=l1)
+        make(factories.TinyModel(), l1=l1)
 
 
 def test_another_models_optimizer_is_not_pulled() -> None:

@@ -249,12 +249,8 @@ class Lab:
 
 def optimizer_of(arm: grid.Arm, model: nn.Module) -> torch.optim.Optimizer:
     """An arm's optimizer, otherwise with the helpers' defaults."""
-    if arm.adamw:
-        return train.adamw(model, l1=arm.l1, scope=SCOPE)
-    optimizer = train.sgd(model, scope=SCOPE)
-    if arm.l1:
-        train.pull(optimizer, model, arm.l1)
-    return optimizer
+    make = train.adamw if arm.adamw else train.sgd
+    return make(model, l1=arm.l1, scope=SCOPE)
 
 
 def shuffled(mask: Mask, seed: int) -> Mask:

@@ -1,4 +1,4 @@
-"""Optimizers whose change a small graft can carry: SGD, and AdamW with a pull to the base."""
+"""Optimizers whose change a small graft can carry: SGD and AdamW, with a pull to the base."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ def sgd(
     model: nn.Module,
     *,
     lr: float = 5e-2,
+    l1: float = 0.0,
     momentum: float = 0.9,
     clip: float | None = 1.0,
+    base: Weights | None = None,
     scope: Scope = "encoder",
 ) -> torch.optim.SGD:
     """SGD with momentum and clipping, which moves few weights far.
 
     A weight moves as far as its gradient is large, where AdamW moves all by nearly the same, so the
-    change concentrates in the few that matter and a small graft can carry it.
+    change concentrates in the few that matter and a small graft can carry it. With a pull towards
+    the base a smaller one can: what hardly matters stays at the base's bits.
 
     Args:
         model: what is trained.
         lr, momentum: as in `torch.optim.SGD`; the defaults suit an encoder under a mean loss.
+        l1: strength of the pull, see `pull`; unlike AdamW's it is in units of the loss's gradient.
+            Panigrahi et al. (2023) have 0.001.
         clip: before each step the gradient is scaled down to this norm; None does not.
+        base: where the pull leads, by default to what the model holds now.
         scope: the tensors to train, as in `hotgraft.diff`.
 
     bf16 weights lose every step below half of their spacing (1/512 to 1/256 of their size), and
@@ -39,9 +45,10 @@ def sgd(
     A step with a gradient that is not finite raises `NonFiniteError` and writes nothing.
 
     Raises:
-        CoverageError: the scope is unknown or holds no parameter.
+        CoverageError: the scope is unknown or holds no parameter, or the base lacks one of them.
+        BaseMismatchError: the base has another shape or dtype.
         ParameterError: a parameter in scope is of a type that has no gradient.
-        DataError: `clip` is not above 0.
+        DataError: `l1` or `clip` is out of range, or there is a base and no pull.
 
     Example:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), "head":
@@ -49,8 +56,11 @@ def sgd(
         >>> len(sgd(model).param_groups[0]["params"])
         2
     """
+    _require_pull_of(base, l1)
     optimizer = torch.optim.SGD(parameters.in_model(model, scope), lr=lr, momentum=momentum)
     _clip(optimizer, clip)
+    if l1 != 0:
+        pull(optimizer, model, l1, base=base)
     return optimizer
 
 
@@ -96,8 +106,7 @@ def adamw(
         >>> adamw(model, lr=1e-3, l1=0.2).defaults["weight_decay"]
         0.0
     """
-    if base is not None and l1 == 0:
-        raise DataError("base is where l1 pulls, and l1 is 0: give both or neither")
+    _require_pull_of(base, l1)
     optimizer = torch.optim.AdamW(
         parameters.in_model(model, scope), lr=lr, weight_decay=weight_decay
     )
@@ -105,6 +114,11 @@ def adamw(
     if l1 != 0:
         pull(optimizer, model, l1, base=base)
     return optimizer
+
+
+def _require_pull_of(base: Weights | None, l1: float) -> None:
+    if base is not None and l1 == 0:
+        raise DataError("base is where l1 pulls, and l1 is 0: give both or neither")
 
 
 def _clip(optimizer: torch.optim.Optimizer, clip: float | None) -> None:
