@@ -49,7 +49,7 @@ LAYERS = [
     {"hotgraft"},  # the package's own names
     {"checkpoint", "inspection"},
     {"arguments", "console"},
-    {"doctor", "localize_command"},
+    {"doctor", "localize_command", "serve_command"},
     {"demo"},
     {"cli"},
 ]

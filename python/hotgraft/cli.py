@@ -31,6 +31,7 @@ from hotgraft.arguments import (
 )
 from hotgraft.console import Output, number, percent, printable, say_saved, size
 from hotgraft.localize_command import localize
+from hotgraft.serve_command import CONTEXT, serve
 
 if TYPE_CHECKING:
     from hotgraft.graft import Graft
@@ -369,6 +370,7 @@ def overlap_command(grafts: GraftPaths, as_json: Json = False) -> None:
 
 
 app.command("localize")(localize)
+app.command("serve", context_settings=CONTEXT)(serve)
 
 
 @app.command()

@@ -1,0 +1,196 @@
+"""Admin: HTTP endpoints that list, inspect, load and unload skills.
+
+Looking is for whoever may use the server. Changing is off unless the server has a key: an admin
+key, which comes in a header of its own, or else vLLM's API key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import secrets
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
+
+from hotgraft.errors import DeviceMemoryError, HotgraftError, SkillInUseError, UnknownSkillError
+from hotgraft.serve.vllm.skills import Skill, Skills
+
+KEY_HEADER = "x-hotgraft-admin-key"
+"""The request header with the admin key."""
+
+
+class RefusedError(HotgraftError):
+    """Who asks may not change skills."""
+
+    def __init__(self, status: HTTPStatus, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class LoadRequest(BaseModel):
+    """What to load."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    file: str | None = None
+    """In the folder of skills; without it, the name with the usual suffix."""
+    cast: bool = False
+    """As in `Host.load`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Who may change skills.
+
+    Example:
+        >>> from starlette.datastructures import Headers
+        >>> Keys(admin="secret").require(Headers({"X-Hotgraft-Admin-Key": "secret"}))
+    """
+
+    admin: str | None = None
+    api: Sequence[str] = ()
+    """vLLM's."""
+
+    def require(self, headers: Any) -> None:
+        """Raise `RefusedError` unless the headers have the key; compares in constant time."""
+        if self.admin:
+            header, given, keys = KEY_HEADER, headers.get(KEY_HEADER, ""), [self.admin]
+        elif self.api:
+            header = "authorization"
+            scheme, _, given = headers.get(header, "").partition(" ")
+            given, keys = given if scheme.lower() == "bearer" else "", list(self.api)
+        else:
+            raise RefusedError(
+                HTTPStatus.FORBIDDEN,
+                "this server was started without --admin-key or --api-key, so skills cannot be "
+                "loaded or unloaded by request",
+            )
+        # Digests, as strings of unequal length would tell by the time how long the key is.
+        matches = [secrets.compare_digest(_digest(given), _digest(key)) for key in keys]
+        if not any(matches):
+            raise RefusedError(
+                HTTPStatus.UNAUTHORIZED, f"the header {header} does not have the key"
+            )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def router(skills: Skills, keys: Keys, report: Callable[..., None]) -> APIRouter:
+    """The endpoints under `/v1/skills`.
+
+    Args:
+        skills: of the server.
+        keys: who may change them.
+        report: is told of refusals.
+    """
+    routes = APIRouter()
+
+    @routes.get("/v1/skills")
+    async def list_skills() -> Response:
+        """All skills."""
+        return JSONResponse({"object": "list", "data": [_card(skills, s) for s in skills.values()]})
+
+    @routes.get("/v1/skills/{name:path}")
+    async def inspect_skill(name: str) -> Response:
+        """One skill, with what its file says."""
+        try:
+            skill = _known(skills, name)
+            return JSONResponse(_card(skills, skill) | await asyncio.to_thread(_described, skill))
+        except (HotgraftError, OSError) as error:
+            return failure(error)
+
+    @routes.post("/v1/skills")
+    async def load_skill(wanted: LoadRequest, request: Request) -> Response:
+        """Load a skill on all ranks; answers when requests may name it."""
+        try:
+            _require(keys, request, "load", wanted.name)
+            path = skills.find(wanted.name, wanted.file)
+            skill = await skills.load(wanted.name, path, cast=wanted.cast)
+            return JSONResponse(_card(skills, skill), HTTPStatus.CREATED)
+        except (HotgraftError, OSError, MemoryError) as error:
+            return failure(error)
+
+    @routes.delete("/v1/skills/{name:path}")
+    async def unload_skill(name: str, request: Request, abort: bool = False) -> Response:
+        """Forget a skill; with `?abort=true` also where requests of it are being answered."""
+        try:
+            _require(keys, request, "unload", name)
+            await skills.unload(name, abort=abort)
+            return JSONResponse({"id": name, "object": "skill", "deleted": True})
+        except (HotgraftError, OSError) as error:
+            return failure(error)
+
+    def _require(keys: Keys, request: Request, what: str, name: str) -> None:
+        try:
+            keys.require(request.headers)
+        except RefusedError as error:
+            report("refusal", what=what, skill=name, kind="RefusedError", why=str(error))
+            raise
+
+    return routes
+
+
+def _known(skills: Skills, name: str) -> Skill:
+    if name not in skills:
+        raise UnknownSkillError(f"no skill {name!r} is loaded")
+    return skills[name]
+
+
+def _card(skills: Skills, skill: Skill) -> dict[str, Any]:
+    return {
+        "id": skill.name,
+        "object": "skill",
+        "digest": skill.digest,
+        "file": str(skill.path.relative_to(skills.folder)),
+        "entries": skill.entries,
+        "resident_bytes": skill.nbytes,
+        "requests": skills.requests(skill),
+    }
+
+
+def _described(skill: Skill) -> dict[str, Any]:
+    """What a skill's file says; a file that has been replaced says nothing of this skill."""
+    from hotgraft.inspection import inspect
+
+    try:
+        found = inspect(skill.path)
+    except (HotgraftError, OSError):
+        return {"metadata": None, "tensors": None}
+    if found.metadata.get("id") != skill.digest:
+        return {"metadata": None, "tensors": None}
+    tensors = [
+        {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "entries": t.entries}
+        for t in found.tensors
+    ]
+    return {"metadata": dict(found.metadata), "tensors": tensors}
+
+
+STATUS: tuple[tuple[type[BaseException], HTTPStatus], ...] = (
+    (UnknownSkillError, HTTPStatus.NOT_FOUND),
+    (FileNotFoundError, HTTPStatus.NOT_FOUND),
+    (SkillInUseError, HTTPStatus.CONFLICT),
+    (DeviceMemoryError, HTTPStatus.INSUFFICIENT_STORAGE),
+    (MemoryError, HTTPStatus.INSUFFICIENT_STORAGE),
+    (ValueError, HTTPStatus.UNPROCESSABLE_ENTITY),  # what is wrong with a file, of any kind
+    (OSError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (HotgraftError, HTTPStatus.BAD_REQUEST),
+)
+"""Of errors; the first that fits."""
+
+
+def failure(error: BaseException) -> Response:
+    """An error as a response of the shape that vLLM's errors have."""
+    if isinstance(error, RefusedError):
+        status = error.status
+    else:
+        status = next(status for kind, status in STATUS if isinstance(error, kind))
+    about = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
+    return JSONResponse({"error": about}, status)
