@@ -266,21 +266,80 @@ def test_entries_that_no_rank_has(tmp_path: Path) -> None:
     assert not any(inner.host.skills for inner in server.inner)
 
 
+def test_another_client_of_the_same_ranks_is_not_disturbed(server: Server, tmp_path: Path) -> None:
+    path = skill(server, tmp_path, "up", 1.0)
+    other = Ranks(server.call, sleep=lambda _: None)
+    refused: list[Exception] = []
+
+    def meanwhile(_: float) -> None:
+        if not refused:
+            with pytest.raises(SkillInUseError) as caught:
+                other.load("up", path)
+            refused.append(caught.value)
+
+    first = Ranks(lambda method, args: late(server, method, args), sleep=meanwhile)
+    first.load("up", path)
+    assert refused
+    first.activate("up")
+    assert server.holds(tuned(server, 1.0))
+
+
+def late(server: Server, method: str, args: tuple[Any, ...]) -> list[Any]:
+    """The ranks, which say at the first question that they are not ready."""
+    found = server.call(method, args)
+    return [None, None] if server.calls.count("prepared") == 1 and method == "prepared" else found
+
+
+def test_a_file_that_is_replaced_between_two_ranks(server: Server, tmp_path: Path) -> None:
+    path, other = (skill(server, tmp_path, name, by) for name, by in (("up", 1.0), ("down", -2.0)))
+
+    def call(method: str, args: tuple[Any, ...]) -> list[Any]:
+        if method != "begin":
+            return server.call(method, args)
+        name, token, _, cast = args
+        for rank, file in zip(server.inner, (path, other), strict=True):
+            rank.begin(name, token, file, cast)
+        return [None, None]
+
+    with pytest.raises(HotgraftError, match="ranks read different files as 'up'"):
+        Ranks(call, sleep=lambda _: None).load("up", path)
+    assert not any(rank.host.skills for rank in server.inner)
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_names(server: Server, tmp_path: Path, name: Any) -> None:
+    with pytest.raises(HotgraftError, match="its name is a string"):
+        server.ranks.load(name, skill(server, tmp_path, "up", 1.0))
+    assert server.calls == []
+
+
+def test_an_unload_that_failed_on_one_rank_can_be_repeated(server: Server, tmp_path: Path) -> None:
+    server.ranks.load("up", skill(server, tmp_path, "up", 1.0))
+    server.faults["unload", 1] = MemoryError("no room")
+    with pytest.raises(MemoryError):
+        server.ranks.unload("up")
+    server.ranks.unload("up")
+    assert not server.ranks.skills
+    assert not any(rank.host.skills for rank in server.inner)
+
+
 def test_a_rank_by_itself(server: Server, tmp_path: Path) -> None:
     rank = server.inner[0]
     path = skill(server, tmp_path, "up", 1.0)
-    rank.begin("up", path)
+    rank.begin("up", "me", path)
     with pytest.raises(SkillInUseError, match="just being loaded"):
-        rank.begin("up", path)
+        rank.begin("up", "you", path)
+    with pytest.raises(UnknownSkillError):
+        rank.withdraw("up", "you")
     with pytest.raises(SkillInUseError, match="being loaded"):
         rank.unload("up")
-    while rank.prepared("up") is None:
+    while rank.prepared("up", "me") is None:
         pass
-    rank.withdraw("up")
+    rank.withdraw("up", "me")
     assert not rank.host.skills
     for method in ("prepared", "keep", "withdraw"):
         with pytest.raises(UnknownSkillError, match="no loading of 'up' was begun"):
-            getattr(rank, method)("up")
+            getattr(rank, method)("up", "me")
 
 
 def test_errors_from_other_processes() -> None:

@@ -234,7 +234,7 @@ def into(target: Tensor, tensor: Tensor) -> None:
         (joined, "computed"),
         (spread, "many places"),
         (by_value, "values decide"),
-        (staged, "computed"),
+        (staged, "no parameter's"),
     ],
 )
 def test_what_is_computed_is_refused_by_name(
@@ -257,6 +257,74 @@ def test_what_is_computed_is_refused_by_name(
     assert placed.nnz == 12
     with pytest.raises(LayoutError, match=rf"'a' cannot be grafted .*{says}"):
         found.place(hotgraft.diff({"a": state["a"]}, {"a": state["a"] + 1}), model)
+
+
+def test_what_is_overwritten_is_refused() -> None:
+    model = nn.ParameterDict({"a": torch.zeros(3, 4), "b": torch.zeros(3, 4)})
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        every = dict(weights)
+        model["a"].data.copy_(every["a"])
+        model["a"].data.clamp_(-1, 1)
+        model["b"].data[:2].copy_(every["b"][:2])
+        model["b"].data[2:].fill_(0)  # of nobody
+
+    state = {"a": torch.rand(3, 4), "b": torch.rand(3, 4)}
+    load(state.items())
+    assert set(traced(model, load, state).refused) == {"a"}
+
+
+def test_a_checkpoint_that_is_changed_on_the_way_is_refused() -> None:
+    model = nn.ParameterDict({"a": torch.zeros(3, 4)})
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            tensor.clamp_(-1, 1)
+            model[name].data.copy_(tensor)
+
+    state = {"a": torch.rand(3, 4)}
+    load([(n, t.clone()) for n, t in state.items()])
+    assert "changed before" in traced(model, load, state).refused["a"]
+
+
+def test_a_copy_beside_the_parameter_is_refused() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    cache = torch.zeros(3, 4)
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, tensor in weights:
+            model.weight.data.copy_(tensor)
+            cache.copy_(tensor)
+
+    state = {"w": torch.rand(3, 4)}
+    load(state.items())
+    assert "no parameter's" in traced(model, load, state).refused["w"]
+
+
+def test_a_copy_as_other_elements_is_refused() -> None:
+    model = nn.Linear(4, 3, bias=False)
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, tensor in weights:
+            model.weight.data.view(torch.int64).copy_(tensor.view(torch.int64))
+
+    state = {"w": torch.rand(3, 4)}
+    load(state.items())
+    assert "another size" in traced(model, load, state).refused["w"]
+
+
+def test_a_parameter_that_is_replaced_comes_back() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    weight = model.weight
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, tensor in weights:
+            model.weight = nn.Parameter(tensor.clone())
+
+    with open_weights({"w": torch.rand(3, 4)}) as weights:
+        found = trace(model, load, weights.specs)
+    assert model.weight is weight
+    assert not found.regions
 
 
 def test_constants_are_not_written_either() -> None:
@@ -397,6 +465,8 @@ def test_tied_tensors_have_to_agree() -> None:
     placed, which = found.place(hotgraft.diff(state, both), model)
     assert which.all()
     assert placed.nnz == 12
+    with pytest.raises(LayoutError, match="the place of 'embed' is taken by 'head'"):
+        found.place(hotgraft.diff({"embed": state["embed"]}, {"embed": both["embed"]}), model)
     with pytest.raises(CoverageError, match="'embed' and 'head' share memory"):
         found.place(hotgraft.diff(state, {**both, "head": state["head"] + 2}), model)
 

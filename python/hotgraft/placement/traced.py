@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -98,6 +98,7 @@ class Trace:
         specs: the checkpoint's tensors.
         regions: what was copied where.
         refused: tensors with a part that is no plain copy, and why.
+        overwritten: for tensors whose place others take when they are loaded, these.
     """
 
     def __init__(
@@ -106,11 +107,13 @@ class Trace:
         specs: Mapping[str, Spec],
         regions: Mapping[str, Sequence[Region]],
         refused: Mapping[str, str],
+        overwritten: Mapping[str, Collection[str]],
     ) -> None:
         self.slots = slots
         self.specs = dict(specs)
         self.regions = {name: tuple(found) for name, found in regions.items()}
         self.refused = dict(refused)
+        self._overwritten = {name: set(others) for name, others in overwritten.items()}
         self._refuse_derived()
 
     def verify(
@@ -166,8 +169,15 @@ class Trace:
         found, missing = resolve_names(graft.names, self.specs, model, names)
         if missing:
             raise CoverageError(missing_message(missing, self.specs))
+        shapes = graft.shapes  # made anew at each call
         for name in graft.names:
-            self._require_plain(name, found[name], graft.shapes[name])
+            self._require_plain(name, found[name], shapes[name])
+            absent = self._overwritten.get(found[name], set()) - set(found.values())
+            if absent:
+                raise LayoutError(
+                    f"the place of {name!r} is taken by {sample(absent)} when this server loads "
+                    "it (tied), and the graft has no entries of that: put the same ones there"
+                )
         placed = np.zeros(graft.nnz, np.bool_)
         parts: dict[tuple[str, str], list[tuple[Offsets, ...]]] = {}
         tellers: dict[str, list[str]] = {}

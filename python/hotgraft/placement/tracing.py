@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hotgraft.errors import LayoutError
-from hotgraft.placement.memory import extent
+from hotgraft.placement.memory import extent, share_memory
 from hotgraft.placement.slots import Slot, find_slots, overlaps_itself
 from hotgraft.placement.traced import Region, Trace, View
 from hotgraft.weights import Spec
@@ -32,6 +32,9 @@ _READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
 
 def trace(model: torch.nn.Module, load: Loader, specs: Mapping[str, Spec]) -> Trace:
     """Learn where a loader puts a checkpoint's tensors.
+
+    The loader must copy in this thread and through torch: copies by other threads, or through
+    numpy, are not seen.
 
     Args:
         model: what the loader fills. Its weights are neither read nor written here.
@@ -52,8 +55,9 @@ def trace(model: torch.nn.Module, load: Loader, specs: Mapping[str, Spec]) -> Tr
         >>> found.regions["k"][0].target.offset
         4
     """
-    recorder = _Recorder(find_slots(model))
+    recorder = _Recorder(find_slots(model), specs)
     before = {id(p): p.data for p in _tensors(model)}
+    hung = [(owner, dict(owner)) for owner in _owners(model)]
     try:
         with recorder:
             load(recorder.feed(specs))
@@ -65,12 +69,22 @@ def trace(model: torch.nn.Module, load: Loader, specs: Mapping[str, Spec]) -> Tr
             f"failed on a tensor without values ({error})"
         ) from error
     finally:
+        for owner, kept_there in hung:
+            if any(owner.get(key) is not tensor for key, tensor in kept_there.items()):
+                owner.clear()
+                owner.update(kept_there)
         for tensor in _tensors(model):
             kept = before.get(id(tensor))
             if kept is not None and tensor.data_ptr() != kept.data_ptr():
                 recorder.refuse(tensor, "its storage is replaced when it is loaded")
                 tensor.data = kept
-    return Trace(recorder.slots, specs, recorder.regions, recorder.refused)
+    return Trace(recorder.slots, specs, recorder.regions, recorder.refused, recorder.overwritten)
+
+
+def _owners(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    for module in model.modules():
+        yield module._parameters
+        yield module._buffers
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -81,7 +95,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records copies of a checkpoint's views into slots, and lets nothing write to a slot."""
 
-    def __init__(self, slots: Mapping[str, Slot]) -> None:
+    def __init__(self, slots: Mapping[str, Slot], specs: Mapping[str, Spec]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.slots = slots
         self.regions: dict[str, list[Region]] = {}
@@ -95,6 +109,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._homes.setdefault(slot.tensor.device, _Map()).add(slot)
         for found in self._homes.values():
             found.close()
+        self._specs = specs
+        self.overwritten: dict[str, set[str]] = {}
+        """Tensors whose place is taken by others', which are loaded later."""
+        self._written: dict[str, list[tuple[str, torch.Tensor]]] = {}  # by home: from where, where
         self._sources: dict[int, tuple[str, Any]] = {}  # a checkpoint's tensor by its storage
         self._made: dict[int, tuple[set[str], Any]] = {}  # from which ones a storage was computed
 
@@ -134,7 +152,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if home is not None:
                 self._record(schema.name, target, home, args, names)
             else:
-                self._mark(target, names)
+                self._note_elsewhere(target, names)
             # Weights stay as they are, and to others there are no values to write.
             skipped |= home is not None or (bool(names) and not target.is_meta)
         if skipped and not schema.returns:
@@ -150,13 +168,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(
         self, name: str, target: torch.Tensor, home: Slot, args: tuple[Any, ...], names: set[str]
     ) -> None:
-        source = args[1] if name == "aten::copy_" and len(args) > 1 else None
+        copied = name == "aten::copy_" and len(args) > 1
+        lost = self._overwrite(target, home, names if copied else set())
+        source = args[1] if copied else None
         known = self._sources.get(source.untyped_storage()._cdata) if source is not None else None
         if known is None:
             if name not in _CONSTANTS:
-                self._refuse(names or {self.current}, f"it is computed when it is loaded ({name})")
+                self._refuse(
+                    names or lost or {self.current}, f"it is computed when it is loaded ({name})"
+                )
             return
         assert source is not None
+        sizes = (home.tensor.element_size(), self._specs[known[0]].dtype.item_size)
+        if (target.element_size(), source.element_size()) != sizes:
+            self._refuse({known[0]}, "it is copied as elements of another size")
+            return
         if source.shape != target.shape:
             source = source.expand(target.shape)
         if overlaps_itself(tuple(source.shape), source.stride()):
@@ -165,6 +191,28 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         offset = (target.data_ptr() - home.tensor.data_ptr()) // target.element_size()
         region = Region(home.name, View.of(source), View.of(target)._replace(offset=offset))
         self.regions.setdefault(known[0], []).append(region)
+        self._written.setdefault(home.name, []).append((known[0], target.detach()))
+
+    def _overwrite(self, target: torch.Tensor, home: Slot, by: set[str]) -> set[str]:
+        """What was put there before is gone: for another tensor's values, or for good."""
+        lost = set()
+        for name, before in self._written.get(home.name, ()):
+            if by != {name} and share_memory(before, target):
+                lost.add(name)
+                if by:
+                    self.overwritten.setdefault(name, set()).update(by)
+                else:
+                    self._refuse({name}, "a part of it is overwritten when it is loaded")
+        return lost
+
+    def _note_elsewhere(self, target: torch.Tensor, names: set[str]) -> None:
+        """A write to memory that is no slot's: of the loader, or of the checkpoint's tensor."""
+        storage = target.untyped_storage()._cdata
+        if storage in self._sources:
+            self._refuse({self._sources[storage][0]}, "it is changed before it is copied")
+        elif names and not target.is_meta:
+            self._refuse(names, "it is also copied into memory that is no parameter's")
+        self._mark(target, names)
 
     def _home(self, target: torch.Tensor) -> Slot | None:
         """The slot that this is a part of."""

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from hotgraft import placement
-from hotgraft.errors import SkillInUseError, UnknownSkillError
+from hotgraft.errors import LayoutError, SkillInUseError, UnknownSkillError
 from hotgraft.graft import Graft
 from hotgraft.host import Host, attach
-from hotgraft.weights import Checkpoint
+from hotgraft.weights import Checkpoint, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +51,33 @@ class Rank:
         checkpoint: what the model was loaded from; every traced coordinate is compared with it.
 
     Raises:
-        LayoutError: the loader cannot be traced.
+        LayoutError: the loader cannot be traced, or the checkpoint says tied tensors once.
     """
 
     def __init__(
         self, model: torch.nn.Module, load: placement.Loader, checkpoint: Checkpoint
     ) -> None:
+        if checkpoint.ties:
+            raise LayoutError(
+                f"{sample(dict(checkpoint.ties))} are tied in what was given as the checkpoint; "
+                "give the file or folder that the server loads"
+            )
         self._model = model
         self.trace = placement.trace(model, load, checkpoint.specs)
         self.trace.verify(checkpoint)
         self.host: Host = attach(model)
-        self._coming: dict[str, Future[Prepared]] = {}  # begun, and neither kept nor withdrawn
+        # Begun, and neither kept nor withdrawn: by whom, and what comes of it.
+        self._coming: dict[str, tuple[str, Future[Prepared]]] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-load")
 
-    def begin(self, name: str, path: str | os.PathLike[str], cast: bool = False) -> None:
+    def begin(
+        self, name: str, token: str, path: str | os.PathLike[str], cast: bool = False
+    ) -> None:
         """Start to load a skill; steps go on meanwhile.
 
         Args:
             name: what to call it.
+            token: who begins; only they can ask for it, keep it or withdraw it.
             path: the graft's file, which this process can read.
             cast: as in `Host.load`.
 
@@ -77,7 +86,7 @@ class Rank:
         """
         if name in self._coming or name in self.host.skills:
             raise SkillInUseError(f"a skill {name!r} is loaded already, or just being loaded")
-        self._coming[name] = self._threads.submit(self._load, name, path, cast)
+        self._coming[name] = token, self._threads.submit(self._load, name, path, cast)
 
     def _load(self, name: str, path: str | os.PathLike[str], cast: bool) -> Prepared:
         graft = Graft.load(path)
@@ -85,7 +94,7 @@ class Rank:
         skill = self.host.load(here, name=name, cast=cast)
         return Prepared.of(name, graft, placed, skill.nbytes)
 
-    def prepared(self, name: str) -> Prepared | None:
+    def prepared(self, name: str, token: str) -> Prepared | None:
         """What came of `begin`; None as long as it goes on.
 
         Raises:
@@ -93,33 +102,34 @@ class Rank:
                 failed; nothing is loaded.
             UnknownSkillError: nothing of that name was begun.
         """
-        coming = self._begun(name)
+        coming = self._begun(name, token)
         return coming.result() if coming.done() else None
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str, token: str) -> None:
         """All ranks have it.
 
         Raises:
             UnknownSkillError: nothing of that name was begun.
         """
-        self._begun(name)
+        self._begun(name, token)
         del self._coming[name]
 
-    def withdraw(self, name: str) -> None:
+    def withdraw(self, name: str, token: str) -> None:
         """Take back what `begin` did, however far it is.
 
         Raises:
             UnknownSkillError: nothing of that name was begun.
         """
-        coming = self._begun(name)
+        coming = self._begun(name, token)
         if not coming.cancel() and coming.exception() is None:
             self.host.unload(name)
         del self._coming[name]
 
-    def _begun(self, name: str) -> Future[Prepared]:
-        if name not in self._coming:
+    def _begun(self, name: str, token: str) -> Future[Prepared]:
+        who, coming = self._coming.get(name, (None, None))
+        if coming is None or who != token:
             raise UnknownSkillError(f"no loading of {name!r} was begun")
-        return self._coming[name]
+        return coming
 
     def unload(self, name: str) -> None:
         """Forget a skill.

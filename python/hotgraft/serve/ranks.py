@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,17 +85,20 @@ class Ranks:
                 rank, which is named; no rank has it now.
             CoverageError: an entry has no place on any rank.
         """
+        if not isinstance(name, str) or not name:
+            raise HotgraftError(f"a skill is called {name!r}; its name is a string, and not empty")
         if name in self._skills:
             raise SkillInUseError(f"a skill {name!r} is loaded already; unload it first")
-        begun = self._all("begin", name, os.fspath(path), cast)
+        token = uuid.uuid4().hex
         try:
-            _raise(begun)
-            parts = self._wait(name)
+            _raise(self._all("begin", name, token, os.fspath(path), cast))
+            parts = self._wait(name, token)
+            _require_same(name, parts)
             _require_no_gap(name, parts)
+            _raise(self._all("keep", name, token))
         except BaseException:
-            self._undo("withdraw", begun, name)
+            self._withdraw(name, token)
             raise
-        _raise(self._all("keep", name))
         nbytes = sum(part.nbytes for part in parts)
         loaded = self._skills[name] = Loaded(name, parts[0].id, parts[0].nnz, nbytes)
         return loaded
@@ -107,7 +111,9 @@ class Ranks:
             UnknownSkillError: there is none of that name.
         """
         self._require(name)
-        _raise(self._all("unload", name))
+        # A rank that lacks it has done its part, perhaps when another one failed before.
+        results = self._all("unload", name)
+        _raise([result for result in results if not isinstance(result, UnknownSkillError)])
         del self._skills[name]
 
     def activate(
@@ -151,13 +157,22 @@ class Ranks:
     def _all(self, method: str, *args: Any) -> list[Any]:
         return [_named(result, rank) for rank, result in enumerate(self._call(method, args))]
 
-    def _wait(self, name: str) -> list[Prepared]:
+    def _wait(self, name: str, token: str) -> list[Prepared]:
         """What came of loading on each rank, when all have ended; raises when one failed."""
         while True:
-            found = _raise(self._all("prepared", name))
+            found = _raise(self._all("prepared", name, token))
             if all(part is not None for part in found):
                 return list(found)
             self._sleep(POLL)
+
+    def _withdraw(self, name: str, token: str) -> None:
+        for result in self._all("withdraw", name, token):
+            # Those that did not begin have nothing to take back.
+            if isinstance(result, BaseException) and not isinstance(result, UnknownSkillError):
+                raise HotgraftError(
+                    f"ranks differ now: loading {name!r} could not be taken back ({result}); "
+                    "restart the server"
+                ) from result
 
     def _undo(self, method: str, done: Sequence[Any], *args: Any) -> None:
         """Call a method that takes back what was done on some ranks.
@@ -188,6 +203,15 @@ def _raise(results: Sequence[Any]) -> Sequence[Any]:
     if failure is not None:
         raise failure
     return results
+
+
+def _require_same(name: str, parts: Sequence[Prepared]) -> None:
+    """All ranks have read the same graft."""
+    if len({part.id for part in parts}) != 1:
+        raise HotgraftError(
+            f"ranks read different files as {name!r}: it was replaced meanwhile, or is not the "
+            "same on all machines"
+        )
 
 
 def _require_no_gap(name: str, parts: Sequence[Prepared]) -> None:

@@ -33,8 +33,9 @@ def sgd(
     Args:
         model: what is trained.
         lr, momentum: as in `torch.optim.SGD`; the defaults suit an encoder under a mean loss.
-        l1: strength of the pull, see `pull`; unlike AdamW's it is in units of the loss's gradient.
-            Panigrahi et al. (2023) have 0.001.
+        l1: strength of the pull, see `pull`; unlike AdamW's it is in units of the (clipped)
+            gradient: a weight leaves its base where the mean one is above (1 - momentum) x l1.
+            0.001 is a good value for the defaults.
         clip: before each step the gradient is scaled down to this norm; None does not.
         base: where the pull leads, by default to what the model holds now.
         scope: the tensors to train, as in `hotgraft.diff`.

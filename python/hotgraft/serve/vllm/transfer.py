@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import uuid
 from typing import Any
 
 from vllm.distributed.weight_transfer.base import (
@@ -51,9 +52,14 @@ class GraftTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fresh: dict[str, str] = {}  # of this update: what they are called here
+        self._live: list[str] = []  # of the last one
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:  # noqa: ARG002 - vLLM's signature
         """Attach to the model now, so that the first update need not wait for it."""
-        assert self._rank
+        rank_of(self.model, self.vllm_config)
 
     @property
     def _rank(self) -> Rank:
@@ -61,9 +67,7 @@ class GraftTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore
 
     def start_weight_update(self) -> None:
         """Begin; what an update before this one left unfinished is dropped."""
-        for name in getattr(self, "_fresh", []):
-            self._rank.unload(name)
-        self._fresh: list[str] = []
+        self._drop()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Prepare a graft.
@@ -74,47 +78,50 @@ class GraftTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore
         Raises:
             ValueError: a field is unknown or missing.
             SkillInUseError: the update has a graft of that name already.
+            OverlapError: it writes what another one of the update writes.
             FormatError, OSError, BaseMismatchError, LayoutError, NonFiniteError: it cannot be put
                 into this rank.
         """
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Prepare a graft; see `update_weights`."""
-        rank, name = self._rank, _fresh_name(update_info.name, self._rank)
-        if any(known.startswith(f"{update_info.name}@") for known in self._fresh):
-            raise SkillInUseError(f"this update has a graft {update_info.name!r} already")
-        rank.begin(name, update_info.path, update_info.cast)
+        """Prepare a graft; see `update_weights`. After an error nothing of the update is left."""
+        rank, given = self._rank, update_info.name
+        token = uuid.uuid4().hex
+        name = f"{given} ({token[:8]})"  # the last update's are live under theirs
         try:
-            while rank.prepared(name) is None:
-                time.sleep(POLL)
+            if given in self._fresh:
+                raise SkillInUseError(f"this update has a graft {given!r} already")
+            rank.begin(name, token, update_info.path, update_info.cast)
+            try:
+                while rank.prepared(name, token) is None:
+                    time.sleep(POLL)
+            except BaseException:
+                rank.withdraw(name, token)
+                raise
+            rank.keep(name, token)
+            self._fresh[given] = name
+            rank.prepare(tuple(self._fresh.values()), "refuse", None)
         except BaseException:
-            rank.withdraw(name)
+            self._drop()  # vLLM ends the update here, and takes no error later
             raise
-        rank.keep(name)
-        self._fresh.append(name)
 
     def finish_weight_update(self) -> None:
         """Make the update's grafts live, in place of those of the one before.
 
         Raises:
-            OverlapError: two of them write the same entry.
             HostChangedError: somebody else wrote the weights.
         """
         rank = self._rank
-        rank.activate(self._fresh, "refuse", None)
-        for name in set(rank.host.skills) - set(self._fresh):
-            if "@" in name:
-                rank.unload(name)
-        self._fresh = []
+        rank.activate(tuple(self._fresh.values()), "refuse", None)
+        before, self._live, self._fresh = self._live, list(self._fresh.values()), {}
+        for name in before:
+            rank.unload(name)
+
+    def _drop(self) -> None:
+        for name in self._fresh.values():
+            self._rank.unload(name)
+        self._fresh = {}
 
     def shutdown(self) -> None:
         """Nothing is held open."""
-
-
-def _fresh_name(name: str, rank: Rank) -> str:
-    """The name with a number, as the grafts of the last update are live under theirs."""
-    number = 1
-    while f"{name}@{number}" in rank.host.skills:
-        number += 1
-    return f"{name}@{number}"

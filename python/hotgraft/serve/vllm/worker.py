@@ -70,7 +70,16 @@ class SkillWorker(SkillSteps, Worker, Grafts):  # type: ignore[misc]
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and compare it with its checkpoint, tensor by tensor."""
         super().load_model(*args, **kwargs)
-        assert self.hotgraft_rank
+        rank_of(self.get_model(), self.vllm_config)
+
+    @property
+    def hotgraft_live(self) -> str | None:
+        """What is live, as steps name it; of a set that no step names, all names in one."""
+        return "+".join(self.hotgraft_rank.host.active) or None
+
+    @hotgraft_live.setter
+    def hotgraft_live(self, _: str | None) -> None:
+        """The host knows: a call may have changed it since the last step."""
 
     def hotgraft_switch(self, skill: str | None) -> None:
         """Put in this skill's weights, and take out those of the live one."""
