@@ -128,10 +128,10 @@ def measure(llm: Any, base: State, folder: Path, density: float, rounds: int) ->
 
 def load(rank: Any, path: Path) -> None:
     """From the file to a skill that can be switched."""
-    rank.begin("patch", path)
-    while rank.prepared("patch") is None:
+    rank.begin("patch", "bench", path)
+    while rank.prepared("patch", "bench") is None:
         time.sleep(0.0002)
-    rank.keep("patch")
+    rank.keep("patch", "bench")
 
 
 def patches(graft: hotgraft.Graft, base: State, which: str) -> list[CheckpointWeightPatch]:
