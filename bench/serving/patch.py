@@ -2,7 +2,7 @@
 
 Run in vLLM's environment, from any folder but the repository's root:
 
-    python -P .../bench/serving/patch.py --out .../bench/results/DATE-vllm.jsonl
+    python -P .../bench/serving/patch.py --out .../bench/serving/results/DATE-patch.jsonl
 
 Both change the same entries of the linear layers, in turns, and both are checked: after each, the
 weights must be those of the checkpoint that the patch was made from.
