@@ -276,5 +276,5 @@ def test_a_worker_says_how_to_switch():
     class Silent(SkillSteps, Device):
         pass
 
-    with pytest.raises(NotImplementedError, match="Silent does not say how to put in 'sql'"):
-        Silent().execute_model(step(0, hotgraft_skill="sql"))
+    with pytest.raises(TypeError, match=r"Silent.*hotgraft_switch"):
+        Silent()

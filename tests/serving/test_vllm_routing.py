@@ -122,6 +122,6 @@ def test_metrics_are_fresh():
     async def use():
         return None
 
-    for path in ("/metrics", "/root/metrics/", "/v1/x"):
+    for path in ("/metrics", "/prefix/metrics/", "/v1/x"):
         served.ask("base", use, path)
-    assert served.awaited == ["/metrics", "/root/metrics/"]
+    assert served.awaited == ["/metrics", "/prefix/metrics/"]

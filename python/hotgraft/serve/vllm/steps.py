@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 
-class SkillSteps:
+class SkillSteps(abc.ABC):
     """A mixin for vLLM's workers, for steps of `SkillScheduler`; stands before the worker's class.
 
     Every rank sees every step, so each switches for itself, in the order of `execute_model`. That
@@ -24,9 +25,9 @@ class SkillSteps:
     hotgraft_live: str | None = None
     """The skill whose weights are in; None is the base."""
 
+    @abc.abstractmethod
     def hotgraft_switch(self, skill: str | None) -> None:
         """Put in this skill's weights, and take out those of the live one."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how to put in {skill!r}")
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a step with the weights of its skill.
