@@ -28,12 +28,13 @@ def pull(
     rate at that step, theta comes nearer to the base by t, and where it was no further away than t
     it gets *the base's bits*. So the difference has exact zeros, which a graft need not carry.
 
-    Panigrahi et al. (2023) add 0.001 x sum |theta - base| to the loss instead. Under SGD
-    without momentum the two agree to first order (there `l1=0.001` is theirs), but theirs leaves no
-    exact zero: weights swing about the base. Momentum makes theirs stronger, not this one. Under AdamW theirs passes through the moments, which divide it by the root
-    mean square of the gradient. This pull is apart from the gradient, as AdamW's weight decay is.
-    AdamW's own step is lr x mean / rms of the recent gradients, so a weight leaves its base where
-    |mean| / rms is above l1: `l1` is a bound on signal to noise, whatever the loss's scale.
+    Panigrahi et al. (2023) add 0.001 x sum |theta - base| to the loss instead. Under SGD without
+    momentum the two agree to first order (there `l1=0.001` is theirs), but theirs leaves no exact
+    zero: weights swing about the base. Momentum makes theirs stronger, not this one. Under AdamW
+    theirs passes through the moments, which divide it by the root mean square of the gradient. This
+    pull is apart from the gradient, as AdamW's weight decay is. AdamW's own step is lr x mean / rms
+    of the recent gradients, so a weight leaves its base where |mean| / rms is above l1: `l1` is a
+    bound on signal to noise, whatever the loss's scale.
 
     Args:
         optimizer: any of torch's. Parameters without a gradient are left alone, as it leaves them.
