@@ -118,6 +118,11 @@ def test_rows_of_two_recipes_are_refused() -> None:
     assert summary.check_recipe([older, row("kind", "base")]) == RECIPE
 
 
+def test_the_page_says_what_products_were_computed_in() -> None:
+    rows = [row("kind", "base"), row("kind", "base", products="float32")]
+    assert "those of 1 of the 2 rows in fp32" in page.render(rows)
+
+
 # ---- tables -------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from hotgraft.search import METHODS, Learned, Method, Panigrahi
@@ -12,6 +13,13 @@ from bench.studies.localization.tasks import TASKS
 
 SEEDS = (0, 1, 2)
 DENSITIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Products(StrEnum):
+    """What products are computed in; the first takes longer on CPUs that do not have it."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
 
 
 class Arm(NamedTuple):

@@ -37,15 +37,19 @@ class Lab:
         work: the folder. What is there already is not computed again.
         recipe: how much of everything.
         loaded: a model and its tokenizer, if not the demo's.
-
-    Weights are fp32, products are computed in bf16 (autocast), for base, fine-tuned and grafted
-    models alike.
+        products: what products are computed in (autocast), for base, fine-tuned and grafted models
+            alike; weights are fp32. A folder is for one kind.
     """
 
     def __init__(
-        self, work: Path, recipe: grid.Recipe, loaded: tuple[nn.Module, Any] | None = None
+        self,
+        work: Path,
+        recipe: grid.Recipe,
+        loaded: tuple[nn.Module, Any] | None = None,
+        products: grid.Products = grid.Products.BFLOAT16,
     ) -> None:
         self.recipe = recipe
+        self.products = products
         self._work = work
         self._is_base = True
         work.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,7 @@ class Lab:
             self._tokenizer,
             self.task(name).names,
             max_tokens=MAX_TOKENS,
-            autocast=torch.bfloat16,
+            autocast=torch.bfloat16 if self.products is grid.Products.BFLOAT16 else None,
         )
 
     def batches(self, name: str, count: int | None, seed: int) -> list[Batch]:

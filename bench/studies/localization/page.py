@@ -73,11 +73,13 @@ def render(rows: Sequence[Row], images: dict[str, str] | None = None) -> str:
 
 def _recipe(recipe: Row, rows: Sequence[Row]) -> str:
     seeds = len(summary.values(rows, "seed"))
+    single = len(select(rows, products=grid.Products.FLOAT32))
     return (
         f"Fine-tuned for {recipe['steps']} steps of {recipe['batch']} texts; `learned` searched "
         f"for {recipe['learned_steps']} steps, one-pass scores for {recipe['score_steps']}. Tests "
         f"of {recipe['texts']:,} texts, out of domain {recipe['ood_texts']:,}. Means over the "
-        f"seeds that were measured, {seeds} at most, with their range; `-`: not measured."
+        f"seeds that were measured, {seeds} at most, with their range; `-`: not measured. Products "
+        f"were computed in bf16, those of {single} of the {len(rows)} rows in fp32."
     )
 
 

@@ -72,4 +72,5 @@ def add(
     """
     asked = task or cell.task
     scores = {which: lab.scores(found, cell, asked, which) for which, found in logits.items()}
-    rows.add({**key, **more, "recipe": vars(lab.recipe), **scores})
+    about = {"recipe": vars(lab.recipe), "products": lab.products}
+    rows.add({**key, **more, **about, **scores})
