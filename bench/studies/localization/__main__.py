@@ -30,73 +30,69 @@ class Which(StrEnum):
 
 
 @app.callback()
-def main() -> None:
+def main(
+    context: typer.Context,
+    products: Annotated[
+        grid.Products, typer.Option(help="What products are computed in.")
+    ] = grid.Products.BFLOAT16,
+) -> None:
     """Which few weights carry a skill, on real tasks."""
+    context.obj = products
 
 
 Work = Annotated[Path, typer.Option(help="Folder for fine-tuned weights and logits.")]
 Results = Annotated[Path, typer.Option("--rows", help="File of the rows.")]
 Threads = Annotated[int | None, typer.Option(help="Of torch.")]
-Kind = Annotated[grid.Products, typer.Option("--products", help="What products are computed in.")]
 ROWS = RESULTS / "rows.jsonl"
 
 
 @app.command()
 def run(
+    context: typer.Context,
     work: Work,
     which: Annotated[Which, typer.Option("--grid", help="How much.")] = Which.CORE,
     rows: Results = ROWS,
     threads: Threads = None,
-    products: Kind = grid.Products.BFLOAT16,
 ) -> None:
     """Measure what the file of rows lacks; it can be interrupted at any time."""
     from bench.studies.localization.run import run as run_grids
 
     grids = [grid.CORE] if which is Which.CORE else list(grid.FULL)
     with _measuring(threads) as progress:
-        run_grids(_lab(work, products), Rows(rows), grids, progress)
+        run_grids(_lab(context, work), Rows(rows), grids, progress)
 
 
 @app.command()
 def multitask(
-    work: Work,
-    rows: Results = ROWS,
-    threads: Threads = None,
-    products: Kind = grid.Products.BFLOAT16,
+    context: typer.Context, work: Work, rows: Results = ROWS, threads: Threads = None
 ) -> None:
     """The same for one model that learns several tasks: recovery, overlap, unions."""
     from bench.studies.localization import multitask as study
 
     with _measuring(threads) as progress:
-        study.run(_lab(work, products), Rows(rows), progress)
+        study.run(_lab(context, work), Rows(rows), progress)
 
 
 @app.command()
 def continual(
-    work: Work,
-    rows: Results = ROWS,
-    threads: Threads = None,
-    products: Kind = grid.Products.BFLOAT16,
+    context: typer.Context, work: Work, rows: Results = ROWS, threads: Threads = None
 ) -> None:
     """The same for one task after another, with the first one's region frozen or not."""
     from bench.studies.localization import continual as study
 
     with _measuring(threads) as progress:
-        study.run(_lab(work, products), Rows(rows), progress)
+        study.run(_lab(context, work), Rows(rows), progress)
 
 
 @app.command()
 def trials(
-    work: Work,
-    rows: Results = ROWS,
-    threads: Threads = None,
-    products: Kind = grid.Products.BFLOAT16,
+    context: typer.Context, work: Work, rows: Results = ROWS, threads: Threads = None
 ) -> None:
     """Measure whether other hyper-parameters, or another loss, keep more."""
     from bench.studies.localization import trials as study
 
     with _measuring(threads) as progress:
-        study.run(_lab(work, products), Rows(rows), progress)
+        study.run(_lab(context, work), Rows(rows), progress)
 
 
 @app.command()
@@ -127,10 +123,10 @@ def page(
     pages.write(text, found, plots.draw(images, found))
 
 
-def _lab(work: Path, products: grid.Products) -> Lab:
+def _lab(context: typer.Context, work: Path) -> Lab:
     from bench.studies.localization.lab import Lab  # slow to import
 
-    return Lab(work, grid.Recipe(), products=products)
+    return Lab(work, grid.Recipe(), products=context.obj)
 
 
 @contextlib.contextmanager
