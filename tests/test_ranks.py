@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from hotgraft.errors import (
     SkillInUseError,
     UnknownSkillError,
 )
-from hotgraft.serve.rank import Rank
+from hotgraft.graft import Graft
+from hotgraft.serve.rank import Prepared, Rank
 from hotgraft.serve.ranks import Ranks, error_of
 from hotgraft.weights import open_weights
 from torch import Tensor, nn
@@ -340,6 +344,81 @@ def test_a_rank_by_itself(server: Server, tmp_path: Path) -> None:
     for method in ("prepared", "keep", "withdraw"):
         with pytest.raises(UnknownSkillError, match="no loading of 'up' was begun"):
             getattr(rank, method)("up", "me")
+
+
+class Slow:
+    """Reads of grafts that wait until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        load = Graft.load
+
+        def slow(path: Any, **more: Any) -> Graft:
+            self.begun.set()
+            assert self.go.wait(30)
+            return load(path, **more)
+
+        monkeypatch.setattr(Graft, "load", slow)
+
+
+def finished(rank: Rank, name: str, token: str) -> Prepared:
+    while (found := rank.prepared(name, token)) is None:
+        pass
+    return found
+
+
+def test_withdrawing_does_not_wait(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = server.inner[0]
+    path, other = (skill(server, tmp_path, name, by) for name, by in (("up", 1.0), ("down", -2.0)))
+    slow = Slow(monkeypatch)
+    rank.begin("up", "me", path)
+    assert slow.begun.wait(30)
+    rank.withdraw("up", "me")  # which would wait for ever
+    with pytest.raises(UnknownSkillError):
+        rank.prepared("up", "me")
+    rank.begin("up", "you", other)  # the name is free at once
+    rank.begin("left", "you", path)
+    rank.withdraw("left", "you")  # not begun to be read
+    slow.go.set()
+    found = finished(rank, "up", "you")
+    assert found.id == hotgraft.Graft.load(other).id
+    assert rank.host.skills["up"].nnz == 29
+    rank.keep("up", "you")
+    assert set(rank.host.skills) == {"up"}
+    rank.activate(("up",), "refuse", None)
+    assert torch.equal(server.models[0].matrix, tuned(server, -2.0)["matrix"][:, :COLUMNS])
+
+
+def test_a_withdrawn_load_leaves_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = server.inner[0]
+    path = skill(server, tmp_path, "up", 1.0)
+    slow = Slow(monkeypatch)
+    plans = []
+    load = rank.host.load
+
+    def seen(*args: Any, **more: Any) -> Any:
+        found = load(*args, **more)
+        plans.append(weakref.ref(found.plan))
+        return found
+
+    monkeypatch.setattr(rank.host, "load", seen)
+    for source in (path, tmp_path / "nowhere.graft.safetensors"):
+        slow.begun.clear()
+        slow.go.clear()
+        rank.begin("up", "me", source)
+        assert slow.begun.wait(30)
+        rank.withdraw("up", "me")
+        slow.go.set()
+        rank.begin("after", "me", skill(server, tmp_path, "after", 2.0))
+        finished(rank, "after", "me")
+        rank.withdraw("after", "me")
+    assert not rank.host.skills
+    gc.collect()
+    assert [plan() for plan in plans] == [None] * 3
 
 
 def test_errors_from_other_processes() -> None:

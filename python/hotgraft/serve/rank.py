@@ -68,7 +68,10 @@ class Rank:
         self.host: Host = attach(model)
         # Begun, and neither kept nor withdrawn: by whom, and what comes of it.
         self._coming: dict[str, tuple[str, Future[Prepared]]] = {}
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-load")
+        self._kept: dict[str, str] = {}  # who began what is loaded
+        self._leaving: set[str] = set()  # withdrawn while they were read; the thread drops them
+        # One, so that what is withdrawn is gone before the next one of its name comes.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-load")
 
     def begin(
         self, name: str, token: str, path: str | os.PathLike[str], cast: bool = False
@@ -84,9 +87,10 @@ class Rank:
         Raises:
             SkillInUseError: there is one of that name, loaded or on its way.
         """
-        if name in self._coming or name in self.host.skills:
+        there = name not in self._leaving and name in self.host.skills
+        if name in self._coming or there:
             raise SkillInUseError(f"a skill {name!r} is loaded already, or just being loaded")
-        self._coming[name] = token, self._threads.submit(self._load, name, path, cast)
+        self._coming[name] = token, self._thread.submit(self._load, name, path, cast)
 
     def _load(self, name: str, path: str | os.PathLike[str], cast: bool) -> Prepared:
         graft = Graft.load(path)
@@ -113,17 +117,34 @@ class Rank:
         """
         self._begun(name, token)
         del self._coming[name]
+        self._kept[name] = token
 
     def withdraw(self, name: str, token: str) -> None:
-        """Take back what `begin` did, however far it is.
+        """Take back what `begin` did, however far it is, `keep` included.
+
+        It does not wait: what is being read is dropped when it has been, and the name is free now.
 
         Raises:
+            SkillInUseError: it is live.
             UnknownSkillError: nothing of that name was begun.
         """
+        if self._kept.get(name) == token:
+            self.unload(name)
+            return
         coming = self._begun(name, token)
-        if not coming.cancel() and coming.exception() is None:
-            self.host.unload(name)
+        if coming.done():
+            self._drop(name, coming)
+        elif not coming.cancel():
+            self._leaving.add(name)
+            self._thread.submit(self._drop, name, coming)
         del self._coming[name]
+
+    def _drop(self, name: str, coming: Future[Prepared]) -> None:
+        try:
+            if coming.exception() is None:
+                self.host.unload(name)
+        finally:
+            self._leaving.discard(name)
 
     def _begun(self, name: str, token: str) -> Future[Prepared]:
         who, coming = self._coming.get(name, (None, None))
@@ -141,6 +162,7 @@ class Rank:
         if name in self._coming:
             raise SkillInUseError(f"{name!r} is being loaded")
         self.host.unload(name)
+        self._kept.pop(name, None)
 
     def prepare(self, names: Sequence[str], policy: str, weights: Sequence[float] | None) -> None:
         """Compose a set, so that `activate` has only to write. Raises as `Host.activate` does."""
@@ -160,5 +182,5 @@ class Rank:
         Raises:
             HotgraftError: the way back failed.
         """
-        self._threads.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
         self.host.detach(force=True)
