@@ -421,6 +421,50 @@ def test_a_withdrawn_load_leaves_nothing(
     assert [plan() for plan in plans] == [None] * 3
 
 
+class CutError(Exception):
+    """The ranks cannot be reached."""
+
+
+@pytest.mark.parametrize("method", ["begin", "prepared", "keep"])
+@pytest.mark.parametrize("reached", [0, 1, 2])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_call_that_fails_on_the_way(
+    server: Server, tmp_path: Path, method: str, reached: int, lasting: bool
+) -> None:
+    path = skill(server, tmp_path, "up", 1.0)
+    cut = [method, "withdraw"] if lasting else [method]
+
+    def call(asked: str, args: tuple[Any, ...]) -> list[Any]:
+        if cut[:1] != [asked]:
+            return server.call(asked, args)
+        del cut[0]
+        for rank in server.inner[: reached if asked == method else 0]:
+            getattr(rank, asked)(*args)
+        raise CutError("the line is dead")
+
+    ranks = Ranks(call, sleep=lambda _: None)
+    with pytest.raises(CutError, match="the line is dead") as caught:
+        ranks.load("up", path)
+    notes = getattr(caught.value, "__notes__", [])
+    assert ["load 'up' again" in note for note in notes] == [True] * lasting
+    assert not ranks.skills
+    ranks.load("up", path)
+    ranks.activate("up")
+    assert server.holds(tuned(server, 1.0))
+    ranks.deactivate()
+    ranks.unload("up")
+    assert not any(rank.host.skills for rank in server.inner)
+
+
+def test_a_rank_that_fails_to_keep(server: Server, tmp_path: Path) -> None:
+    path = skill(server, tmp_path, "up", 1.0)
+    server.faults["keep", 1] = MemoryError("no room")
+    with pytest.raises(MemoryError):
+        server.ranks.load("up", path)
+    assert not any(rank.host.skills for rank in server.inner)
+    server.ranks.load("up", path)
+
+
 def test_errors_from_other_processes() -> None:
     assert isinstance(error_of("FileNotFoundError", "x"), FileNotFoundError)
     assert isinstance(error_of("MemoryError", "x"), MemoryError)

@@ -63,6 +63,7 @@ class Ranks:
         self._call = call
         self._sleep = sleep
         self._skills: dict[str, Loaded] = {}
+        self._begun: dict[str, str] = {}  # tokens of loads that ranks may have a part of
         self.live = Live()
         """What is in the weights now."""
 
@@ -84,21 +85,32 @@ class Ranks:
             FormatError, OSError, BaseMismatchError, LayoutError, NonFiniteError: it failed on a
                 rank, which is named; no rank has it now.
             CoverageError: an entry has no place on any rank.
+            Exception: the ranks could not be reached. What they have of it is taken back, by the
+                next load of this name if it cannot be now.
         """
         if not isinstance(name, str) or not name:
             raise HotgraftError(f"a skill is called {name!r}; its name is a string, and not empty")
         if name in self._skills:
             raise SkillInUseError(f"a skill {name!r} is loaded already; unload it first")
-        token = uuid.uuid4().hex
+        if name in self._begun:
+            self._withdraw(name)
+        token = self._begun[name] = uuid.uuid4().hex
         try:
             _raise(self._all("begin", name, token, os.fspath(path), cast))
             parts = self._wait(name, token)
             _require_same(name, parts)
             _require_no_gap(name, parts)
             _raise(self._all("keep", name, token))
-        except BaseException:
-            self._withdraw(name, token)
+        except BaseException as error:
+            try:
+                self._withdraw(name)
+            except Exception as failure:
+                error.add_note(
+                    f"it could not be taken back on all ranks ({failure}): load {name!r} again, "
+                    "which tries that first, or restart the server"
+                )
             raise
+        del self._begun[name]
         nbytes = sum(part.nbytes for part in parts)
         loaded = self._skills[name] = Loaded(name, parts[0].id, parts[0].nnz, nbytes)
         return loaded
@@ -165,14 +177,11 @@ class Ranks:
                 return list(found)
             self._sleep(POLL)
 
-    def _withdraw(self, name: str, token: str) -> None:
-        for result in self._all("withdraw", name, token):
-            # Those that did not begin have nothing to take back.
-            if isinstance(result, BaseException) and not isinstance(result, UnknownSkillError):
-                raise HotgraftError(
-                    f"ranks differ now: loading {name!r} could not be taken back ({result}); "
-                    "restart the server"
-                ) from result
+    def _withdraw(self, name: str) -> None:
+        results = self._all("withdraw", name, self._begun[name])
+        # Those that did not begin have nothing to take back.
+        _raise([result for result in results if not isinstance(result, UnknownSkillError)])
+        del self._begun[name]
 
     def _undo(self, method: str, done: Sequence[Any], *args: Any) -> None:
         """Call a method that takes back what was done on some ranks.
