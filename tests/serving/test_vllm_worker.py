@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
 import hotgraft
 import pytest
+import torch
 from hotgraft.errors import FormatError, SkillInUseError
-from hotgraft.serve.vllm.worker import connect
+from hotgraft.serve.vllm.worker import connect, rank_of
 from safetensors.torch import load_file, save_file
 
 EXTENSION = "hotgraft.serve.vllm.worker.Grafts"
@@ -160,3 +165,33 @@ def test_vllm_takes_grafts_as_weight_updates(llm: Any, folder: Path) -> None:
     assert answers(llm) == whole
     ranks.deactivate()
     ranks.unload("tuned")
+
+
+class Toy(torch.nn.Linear):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            getattr(self, name).data.copy_(tensor)
+
+
+def test_a_model_that_its_worker_drops_is_freed(tmp_path: Path) -> None:
+    from vllm.config import VllmConfig
+
+    toys = [Toy(4, 3), Toy(4, 3)]
+    toys[1].load_state_dict(toys[0].state_dict())
+    save_file(toys[0].state_dict(), tmp_path / "model.safetensors")
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(  # type: ignore[assignment]
+        model=str(tmp_path), model_weights="", revision=None
+    )
+    rank = rank_of(toys[0], config)
+    assert rank_of(toys[0], config) is rank
+    for other in (toys[1], copy.deepcopy(toys[0])):
+        assert rank_of(other, config) is not rank
+    base = {name: tensor.clone() for name, tensor in toys[0].state_dict().items()}
+    rank.host.load(hotgraft.diff(base, Toy(4, 3)), name="other")
+    rank.activate(("other",), "refuse", None)
+    dropped = [weakref.ref(thing) for thing in (toys[0], rank)]
+    del rank
+    toys.pop(0)
+    gc.collect()
+    assert [thing() for thing in dropped] == [None, None]

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,9 @@ class Rank:
         self._leaving: set[str] = set()  # withdrawn while they were read; the thread drops them
         # One, so that what is withdrawn is gone before the next one of its name comes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-load")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # a copy of the model has no host, and so no rank
 
     def begin(
         self, name: str, token: str, path: str | os.PathLike[str], cast: bool = False
@@ -184,3 +188,7 @@ class Rank:
         """
         self._thread.shutdown(cancel_futures=True)
         self.host.detach(force=True)
+
+
+def _nothing() -> None:
+    return None

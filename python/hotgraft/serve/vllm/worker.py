@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 
@@ -29,8 +27,6 @@ else:
 
 METHODS = ("begin", "prepared", "keep", "withdraw", "unload", "prepare", "activate", "verify")
 """Of `Rank`: what may be called."""
-
-_ranks: WeakKeyDictionary[torch.nn.Module, Rank] = WeakKeyDictionary()
 
 keep_weights_live()  # this module is imported before the model is loaded
 
@@ -96,7 +92,8 @@ def rank_of(model: Any, config: Any) -> Rank:
     Raises:
         LayoutError: its weights are packed, its loader cannot be traced, or there is no checkpoint.
     """
-    if model not in _ranks:
+    rank: Rank | None = vars(model).get("_hotgraft_rank")  # there, so that both go together
+    if rank is None:
         packed = packed_layers(model)
         if packed:
             raise LayoutError(
@@ -108,8 +105,8 @@ def rank_of(model: Any, config: Any) -> Rank:
             open_weights(checkpoint_of(config.model_config)) as weights,
             set_current_vllm_config(config),
         ):
-            _ranks[model] = Rank(model, model.load_weights, weights)
-    return _ranks[model]
+            rank = vars(model)["_hotgraft_rank"] = Rank(model, model.load_weights, weights)
+    return rank
 
 
 def checkpoint_of(config: Any) -> Path:
