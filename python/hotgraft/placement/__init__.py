@@ -4,8 +4,9 @@ from hotgraft.placement.fit import fit, refuse_nonfinite
 from hotgraft.placement.names import Names
 from hotgraft.placement.overlay import expected_bits, share_cells
 from hotgraft.placement.plain import Backends, Launch, Plan, compile_plan, resolve_backends
+from hotgraft.placement.regions import Region, View
 from hotgraft.placement.slots import Slot, find_slots
-from hotgraft.placement.traced import Placed, Region, Trace, View
+from hotgraft.placement.traced import Placed, Trace
 from hotgraft.placement.tracing import Loader, trace
 from hotgraft.placement.watch import Watch, Wiring, watch
 

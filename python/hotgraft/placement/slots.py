@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hotgraft.errors import ParameterError
 from hotgraft.format import DType, dtype_of
-from hotgraft.placement.memory import extent, share_memory
+from hotgraft.placement.memory import Taken, extent
 from hotgraft.weights import plain_name
 
 Regions = list[tuple[int, int, bool]]
@@ -128,20 +128,27 @@ def _find_homes(slots: list[Slot]) -> None:
 
 
 def _settle(near: list[Slot]) -> None:
-    groups: list[list[Slot]] = []
-    for slot in near:
-        met = [g for g in groups if any(share_memory(slot.tensor, s.tensor) for s in g)]
-        groups = [g for g in groups if g not in met] + [[s for g in met for s in g] + [slot]]
-    for group in groups:
-        if len(group) > 1:
-            home = next((slot for slot in group if _covers(slot, group)), None)
+    if len(near) < 2:
+        return
+    taken = Taken(near[0].tensor.data_ptr())
+    groups: list[list[int]] = []  # of each: the numbers of those that it overlaps, in a chain
+    for number, slot in enumerate(near):
+        groups.append([number])
+        for other in taken.touching(slot.tensor):
+            slot.rival, near[other].rival = near[other], slot
+            large, small = sorted((groups[other], groups[number]), key=len, reverse=True)
+            if large is not small:
+                large += small
+                for member in small:
+                    groups[member] = large
+        taken.add(slot.tensor, number)
+    for members in {id(group): group for group in groups}.values():
+        group = [near[number] for number in sorted(members)]
+        home = next((slot for slot in group if _covers(slot, group)), None)
+        if home is not None:
+            home.views = [home, *(slot for slot in group if slot is not home)]
             for slot in group:
-                if home is None:
-                    others = (s for s in group if s is not slot)
-                    slot.rival = next(s for s in others if share_memory(s.tensor, slot.tensor))
-                elif slot is not home:
-                    slot.home = home
-                    home.views.append(slot)
+                slot.home, slot.rival = home, None
 
 
 def _covers(home: Slot, group: list[Slot]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,76 +14,13 @@ from hotgraft.graft import Graft
 from hotgraft.placement.fit import assemble, rows_of, unite
 from hotgraft.placement.memory import Offsets
 from hotgraft.placement.names import Names, missing_message, resolve_names
+from hotgraft.placement.regions import Region, Regions, View
 from hotgraft.placement.slots import Slot
 from hotgraft.weights import Checkpoint, Spec, sample
 
 Placed = npt.NDArray[np.bool_]
 """For each entry of a graft, in the order of its rows, whether it has a place in this process."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class View(NamedTuple):
-    """Some elements of a tensor: an offset from its first one, a shape and strides, in elements."""
-
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> View:
-        """A tensor as a view of its storage, without dimensions of size 1."""
-        kept = [i for i, size in enumerate(tensor.shape) if size != 1]
-        return cls(
-            int(tensor.storage_offset()),
-            tuple(tensor.shape[i] for i in kept),
-            tuple(tensor.stride(i) for i in kept),
-        )
-
-    @property
-    def end(self) -> int:
-        """One more than the furthest offset."""
-        steps = zip(self.shape, self.strides, strict=True)
-        return self.offset + sum((size - 1) * stride for size, stride in steps) + 1
-
-    def find(self, offsets: Offsets) -> tuple[npt.NDArray[np.bool_], list[Offsets]]:
-        """Which offsets are elements of the view, and the indices of these, a dimension each.
-
-        Example:
-            >>> inside, (row, column) = View(4, (2, 2), (1, 4)).find(np.array([3, 5, 8]))
-            >>> inside.tolist(), row.tolist(), column.tolist()
-            ([False, True, True], [1, 0], [0, 1])
-        """
-        rest = offsets - self.offset
-        inside = rest >= 0
-        found: list[Offsets] = [rest] * len(self.shape)
-        # No two elements share memory, so the digits from the largest stride down are the only way.
-        for i in sorted(range(len(self.shape)), key=self.strides.__getitem__, reverse=True):
-            found[i], rest = np.divmod(rest, self.strides[i])
-            inside &= found[i] < self.shape[i]
-        inside &= rest == 0
-        return inside, [index[inside] for index in found]
-
-    def offsets(self, indices: Sequence[Offsets], count: int) -> Offsets:
-        """The offsets of `count` elements by their indices."""
-        found = np.full(count, self.offset, np.int64)
-        for index, stride in zip(indices, self.strides, strict=True):
-            found += index * stride
-        return found
-
-    def within(self, flat: torch.Tensor) -> torch.Tensor:
-        """The view's elements of a tensor's; offsets count from the tensor's first element."""
-        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
-
-
-class Region(NamedTuple):
-    """A slice of a checkpoint's tensor, and where it lies: element by element the same."""
-
-    slot: str
-    """The home slot's name."""
-    source: View
-    """Of the checkpoint's tensor, in C order."""
-    target: View
-    """From the slot's first element in memory."""
 
 
 class Trace:
@@ -112,6 +48,7 @@ class Trace:
         self.slots = slots
         self.specs = dict(specs)
         self.regions = {name: tuple(found) for name, found in regions.items()}
+        self._found = {name: Regions.families(found) for name, found in regions.items()}
         self.refused = dict(refused)
         self._overwritten = {name: set(others) for name, others in overwritten.items()}
         self._refuse_derived()
@@ -151,7 +88,7 @@ class Trace:
     ) -> tuple[Graft, Placed]:
         """A graft of the checkpoint as one of the model's own tensors: names, shapes, positions.
 
-        The time is in proportion to its entries.
+        The time grows with its entries, and with the logarithm of the regions of a tensor.
 
         Args:
             graft: in the checkpoint's coordinates.
@@ -185,18 +122,12 @@ class Trace:
         for row in graft.rows:
             positions, new, old = graft.arrays(row)
             where = positions.astype(np.int64) + row.block
-            for region in self.regions.get(found[row.name], ()):
-                # Only these can be in the region; positions ascend.
-                low, high = np.searchsorted(where, (region.source.offset, region.source.end))
-                inside, indices = region.source.find(where[low:high])
-                entries = low + np.flatnonzero(inside)
-                if len(entries):
-                    slot = self.slots[region.slot]
-                    offsets = region.target.offsets(indices, len(entries))
-                    inside_slot = _positions(offsets, slot.tensor)
-                    key = region.slot, row.dtype
+            for family in self._found.get(found[row.name], ()):
+                for name, entries, offsets in family.find(where):
+                    inside_slot = _positions(offsets, self.slots[name].tensor)
+                    key = name, row.dtype
                     parts.setdefault(key, []).append((inside_slot, new[entries], old[entries]))
-                    tellers.setdefault(region.slot, []).append(row.name)
+                    tellers.setdefault(name, []).append(row.name)
                     placed[at + entries] = True
             at += row.count
         rows = []

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hotgraft.errors import LayoutError
-from hotgraft.placement.memory import extent, share_memory
+from hotgraft.placement.memory import Taken, extent
+from hotgraft.placement.regions import Region, View
 from hotgraft.placement.slots import Slot, find_slots, overlaps_itself
-from hotgraft.placement.traced import Region, Trace, View
+from hotgraft.placement.traced import Trace
 from hotgraft.weights import Spec
 
 Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
@@ -112,7 +113,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._specs = specs
         self.overwritten: dict[str, set[str]] = {}
         """Tensors whose place is taken by others', which are loaded later."""
-        self._written: dict[str, list[tuple[str, torch.Tensor]]] = {}  # by home: from where, where
+        self._written: dict[str, Taken] = {}  # by home: which parts, by what tensor
         self._sources: dict[int, tuple[str, Any]] = {}  # a checkpoint's tensor by its storage
         self._made: dict[int, tuple[set[str], Any]] = {}  # from which ones a storage was computed
 
@@ -191,13 +192,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         offset = (target.data_ptr() - home.tensor.data_ptr()) // target.element_size()
         region = Region(home.name, View.of(source), View.of(target)._replace(offset=offset))
         self.regions.setdefault(known[0], []).append(region)
-        self._written.setdefault(home.name, []).append((known[0], target.detach()))
+        taken = self._written.setdefault(home.name, Taken(home.tensor.data_ptr()))
+        taken.add(target.detach(), known[0])
 
     def _overwrite(self, target: torch.Tensor, home: Slot, by: set[str]) -> set[str]:
         """What was put there before is gone: for another tensor's values, or for good."""
         lost = set()
-        for name, before in self._written.get(home.name, ()):
-            if by != {name} and share_memory(before, target):
+        written = self._written.get(home.name)
+        for name in written.touching(target) if written is not None else ():
+            if by != {name}:
                 lost.add(name)
                 if by:
                     self.overwritten.setdefault(name, set()).update(by)
