@@ -9,7 +9,7 @@ import hotgraft
 import numpy as np
 import pytest
 import torch
-from hotgraft.errors import BaseMismatchError, CoverageError, LayoutError
+from hotgraft.errors import BaseMismatchError, CoverageError, HostChangedError, LayoutError
 from hotgraft.graft import Entries, Graft
 from hotgraft.placement import Region, Trace, View, trace
 from hotgraft.placement.regions import Regions
@@ -428,6 +428,34 @@ def test_a_checkpoint_of_another_precision() -> None:
     host.load(placed, name="cast", cast=True)
     host.activate("cast")
     assert torch.equal(model.weight, (wide["q"] + 1).bfloat16())
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_host_goes_on_after_a_trace(replaces: bool) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    state = {"w": torch.randn(3, 4)}
+    model.weight.data.copy_(state["w"])
+    host = hotgraft.attach(model)
+    host.load(hotgraft.diff({"weight": state["w"]}, {"weight": state["w"] + 1}), name="up")
+    host.activate("up")
+    version = model.weight._version
+
+    @torch.no_grad()
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, tensor in weights:
+            model.weight.copy_(tensor)
+            if replaces:
+                model.weight.data = model.weight.data.clone()
+
+    with open_weights(state) as weights:
+        trace(model, load, weights.specs)
+    assert model.weight._version == version
+    host.deactivate()
+    assert torch.equal(model.weight, state["w"])
+    with torch.no_grad():
+        model.weight.add_(1)  # a real write is seen as ever
+    with pytest.raises(HostChangedError):
+        host.activate("up")
 
 
 # ---- bad input -----------------------------------------------------------------------------------

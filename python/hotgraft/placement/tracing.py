@@ -9,11 +9,13 @@ takes milliseconds.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,6 +61,11 @@ def trace(model: torch.nn.Module, load: Loader, specs: Mapping[str, Spec]) -> Tr
     recorder = _Recorder(find_slots(model), specs)
     before = {id(p): p.data for p in _tensors(model)}
     hung = [(owner, dict(owner)) for owner in _owners(model)]
+    # Nothing is written, so nobody (a host that is attached) may take it for a write.
+    unwritten = contextlib.ExitStack()
+    for tensor in _tensors(model):
+        if not tensor.is_inference():  # which has no version
+            unwritten.enter_context(_unsafe_preserve_version_counter(tensor))
     try:
         with recorder:
             load(recorder.feed(specs))
@@ -79,6 +86,7 @@ def trace(model: torch.nn.Module, load: Loader, specs: Mapping[str, Spec]) -> Tr
             if kept is not None and tensor.data_ptr() != kept.data_ptr():
                 recorder.refuse(tensor, "its storage is replaced when it is loaded")
                 tensor.data = kept
+        unwritten.close()
     return Trace(recorder.slots, specs, recorder.regions, recorder.refused, recorder.overwritten)
 
 
