@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from hosts import Small, contents, holds, single
 from hotgraft import Host, attach
-from hotgraft.errors import GateError
+from hotgraft.errors import GateError, HostChangedError
 from hotgraft.gate import GatedForward
 from torch import nn
 
@@ -322,6 +323,58 @@ def test_a_waiting_commit_lets_no_new_hold_in_but_nested_ones(slow: tuple[Slow, 
         assert commit.is_alive()
     commit.result()
     assert other.result() == {1.0}
+
+
+def test_a_switch_and_its_hold_are_one(slow: tuple[Slow, Host]) -> None:
+    _, host = slow
+    commit = host._ledger.commit
+    others: list[Worker] = []
+
+    def interrupted(target: Any) -> None:
+        """Another thread wants to switch while this one does."""
+        commit(target)
+        if not others:
+            others.append(Worker(lambda: host.activate("twos")))
+            time.sleep(0.05)
+
+    host._ledger.commit = interrupted  # type: ignore[method-assign]
+    with host.using("ones", hold=True):
+        for _ in range(20):
+            assert host.active == ("ones",)
+            time.sleep(0.005)
+        with pytest.raises(GateError):
+            host.deactivate()
+        assert others[0].is_alive()
+    others[0].result()
+    host.deactivate()
+
+
+def test_threads_that_switch_and_hold_see_their_own(slow: tuple[Slow, Host]) -> None:
+    model, host = slow
+
+    def work(name: str, value: float) -> set[float]:
+        seen = set()
+        for _ in range(15):
+            with host.using(name, hold=True):
+                seen |= model() | model() | {float(host.active != (name,))}
+        return seen - {0.0, value}
+
+    workers = [Worker(functools.partial(work, *one)) for one in (("ones", 1.0), ("twos", 2.0)) * 2]
+    assert [worker.result() for worker in workers] == [set()] * 4
+    assert host.active == ()
+
+
+def test_a_switch_that_fails_holds_nothing(slow: tuple[Slow, Host]) -> None:
+    model, host = slow
+    host.activate("ones")
+    with torch.no_grad():
+        model.weight.add_(0)
+    with pytest.raises(HostChangedError), host.using("twos", hold=True):
+        pass
+    host.verify()
+    with pytest.raises(ValueError, match="mine"), host.using("twos", hold=True):
+        raise ValueError("mine")
+    assert host.active == ("ones",)
 
 
 def test_the_hold_of_a_thread_that_ended_is_nobody_elses(slow: tuple[Slow, Host]) -> None:

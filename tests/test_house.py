@@ -42,7 +42,7 @@ LAYERS = [
     {"gate"},
     {"streams"},
     {"ledger"},
-    {"composer"},
+    {"composer", "blocks"},
     {"host"},
     {"library"},
     {"search", "train", "tasks", "serve"},

@@ -105,19 +105,30 @@ class Gate:
                 self._wake(self._inside)
 
     @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Keep commits out for a block, which another thread may leave than entered it."""
+    def holding(self, after: Callable[[], object] | None = None) -> Iterator[None]:
+        """Keep commits out for a block, which another thread may leave than entered it.
+
+        Args:
+            after: a commit to begin with; no other one comes between it and the block.
+        """
         token = object()
         try:
-            self._enter_hold(token)
+            if after is None:
+                self._enter_hold(token)
+            else:
+                self.commit(after, token)
             self._on_entry()
             yield
         finally:
             if self._let_go(token, None) is not None:
                 self._wake(self._holds)
 
-    def commit(self, work: Callable[[], Result]) -> Result:
+    def commit(self, work: Callable[[], Result], hold: object = None) -> Result:
         """Do some work alone: waits until no hold is open and no pass inside.
+
+        Args:
+            work: what to do.
+            hold: for `holding`: the token of a hold that is open when it is done.
 
         Raises:
             GateError: this thread is itself inside a pass, a hold or a commit, so it would wait for
@@ -136,7 +147,10 @@ class Gate:
                 try:
                     self._committing = me
                     self._wait_for(self._inside, self._holds)  # a pass inside may open a hold
-                    return work()
+                    result = work()
+                    if hold is not None:
+                        self._holds[hold] = me
+                    return result
                 finally:
                     self._committing = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import threading
@@ -16,6 +15,7 @@ import torch
 
 from hotgraft import gate as gates
 from hotgraft import placement
+from hotgraft.blocks import Block, Blocks
 from hotgraft.composer import Composer
 from hotgraft.composition import checked_weights
 from hotgraft.errors import (
@@ -33,14 +33,6 @@ from hotgraft.ledger import NOTHING, Ledger, LiveSet, Skill
 from hotgraft.streams import Streams
 
 __all__ = ["Host", "Skill", "attach"]
-
-
-@dataclasses.dataclass(eq=False)
-class _Block:
-    """An open `using` block."""
-
-    before: LiveSet = NOTHING
-    """What it puts back."""
 
 
 class Host:
@@ -87,7 +79,7 @@ class Host:
         self._skills: dict[str, Skill] = {}
         self._composer = Composer(self._slots, self._backends)
         self._ledger = Ledger(self._slots, self._backends, self._streams)
-        self._blocks: list[_Block] = []  # the open `using` blocks, the outermost first
+        self._blocks = Blocks()
         compiled = root is not model
         self._remove_gates = [gates.install(root, self._gate, inner=compiled)]
         if compiled:
@@ -115,7 +107,7 @@ class Host:
 
     def in_use(self, name: str) -> bool:
         """Whether a skill is live, or an open `using` block will put it back."""
-        return name in self.active or self._is_put_back(name)
+        return name in self.active or self._blocks.put_back(name)
 
     @property
     def base_id(self) -> str | None:
@@ -256,24 +248,38 @@ class Host:
 
     @contextlib.contextmanager
     def using(
-        self, *names: str, policy: str = "refuse", weights: Sequence[float] | None = None
+        self,
+        *names: str,
+        policy: str = "refuse",
+        weights: Sequence[float] | None = None,
+        hold: bool = False,
     ) -> Iterator[None]:
         """Activate for a block, then put back what was live before, also on an exception. Nests.
 
         The live set is the whole host's, whichever thread or task changes it. A block that ends
         while a later one is open leaves that one's set live; the later one then puts back what this
         one would have.
+
+        Args:
+            names, policy, weights: as in `activate`, which says what is raised too.
+            hold: `hold` in the block as well, with no commit between: it is this set in all of it.
         """
-        block, target = _Block(), self._prepare(names, policy, weights)
+        block, target = Block(), self._prepare(names, policy, weights)
         try:
-            self._commit(target, block)
-            yield
+            if hold:
+                self._ledger.prefetch(target)
+                with self._gate.holding(functools.partial(self._switch, target, block)):
+                    yield
+            else:
+                self._commit(target, block)
+                yield
         finally:
             if block in self._blocks:
                 try:
                     self._gate.commit(functools.partial(self._leave, block))
                 except GateError:  # inside a hold: nobody could leave it later
-                    self._close(block)
+                    with self._lock:
+                        self._blocks.close(block)
                     raise
 
     def hold(self) -> contextlib.AbstractContextManager[None]:
@@ -353,11 +359,8 @@ class Host:
         if name in self.active:
             raise SkillInUseError(f"{name!r} is live; deactivate first, or unload(force=True)")
 
-    def _is_put_back(self, name: str) -> bool:
-        return any(name in block.before.names for block in tuple(self._blocks))
-
     def _require_not_put_back(self, name: str) -> None:
-        if self._is_put_back(name):
+        if self._blocks.put_back(name):
             raise SkillInUseError(f"an open `using` block will put {name!r} back; leave it first")
 
     def _retire(self, skill: Skill) -> None:
@@ -384,35 +387,24 @@ class Host:
             return skills[0].alone
         return self._composer.prepare(LiveSet(skills, given, policy if len(skills) > 1 else ""))
 
-    def _commit(self, target: LiveSet, block: _Block | None = None) -> None:
+    def _commit(self, target: LiveSet, block: Block | None = None) -> None:
         self._ledger.prefetch(target)
         self._gate.commit(functools.partial(self._switch, target, block))
 
-    def _switch(self, target: LiveSet, block: _Block | None) -> None:
+    def _switch(self, target: LiveSet, block: Block | None) -> None:
         with self._lock:
             self._require_attached()
             for skill in target.skills:
                 if self._skills.get(skill.name) is not skill:
                     raise UnknownSkillError(f"{skill.name!r} was unloaded or replaced meanwhile")
             if block is not None:
-                block.before = self._ledger.live
-                self._blocks.append(block)
+                self._blocks.open(block, self._ledger.live)
             self._ledger.commit(target)
 
-    def _leave(self, block: _Block) -> None:
+    def _leave(self, block: Block) -> None:
         with self._lock:
-            if self._close(block) and self._ledger.live is not block.before:
+            if self._blocks.close(block) and self._ledger.live is not block.before:
                 self._ledger.commit(block.before)
-
-    def _close(self, block: _Block) -> bool:
-        """Forget a block; whether it is this one that puts back what was live before."""
-        with self._lock:
-            at = self._blocks.index(block)
-            later = self._blocks[at + 1 :]
-            del self._blocks[at]
-            if later:
-                later[0].before = block.before
-            return not later
 
     def _verify(self) -> int:
         with self._lock:

@@ -339,10 +339,14 @@ class Library:
 
     @contextlib.contextmanager
     def using(
-        self, *names: str, policy: str = "refuse", weights: Sequence[float] | None = None
+        self,
+        *names: str,
+        policy: str = "refuse",
+        weights: Sequence[float] | None = None,
+        hold: bool = False,
     ) -> Iterator[None]:
         """`host.using`, of skills that are loaded first where they are not."""
-        with self.lease(*names), self.host.using(*names, policy=policy, weights=weights):
+        with self.lease(*names), self.host.using(*names, policy=policy, weights=weights, hold=hold):
             yield
 
     # ---- inside ----------------------------------------------------------------------------------
