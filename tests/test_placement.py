@@ -420,15 +420,36 @@ def test_cast_rounds_new_and_old_once(source: str, target: str, backend: str) ->
     assert holds(model, base)
 
 
-def test_cast_counts_entries_that_vanish_and_rounds_once() -> None:
-    graft = entries_of([1 + 2**-12, 1 + 2**-8 + 2**-40], [1.0, 0.5], torch.float64)
+def test_cast_counts_entries_that_vanish() -> None:
+    graft = entries_of([1 + 2**-12, 1 + 2**-8 + 2**-30], [1.0, 0.5], torch.float32)
     model = Holder(w=torch.tensor([1.0, 0.5], dtype=torch.bfloat16))
     host = attach(model)
     with pytest.warns(CastWarning, match="1 of 2 entries equal the base once rounded") as caught:
         host.load(graft, name="a", cast=True)
     assert caught[0].filename == __file__
     host.activate("a")
-    assert model.w.tolist() == [1.0, 1.0078125]
+    assert model.w.tolist() == [1.0, 1.0]
+
+
+@BACKENDS
+@pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
+def test_cast_of_doubles_is_what_torch_made_of_the_model(target: str, backend: str) -> None:
+    """Which rounds by way of fp32: a tie there may be none in fp64."""
+    kind = DTYPES[target].torch
+    ties = [1 + 2**-8 + 2**-40, 1 + 2**-8 - 2**-40, 1 + 2**-11 + 2**-40, -1 - 2**-11 - 2**-40]
+    old, new = (torch.tensor(sign * np.array(ties)) for sign in (1, -1))
+    graft = Graft.from_entries({"w": Entries(torch.arange(4), new, old, (4,))})
+    model = Holder(w=old.to(kind))
+    assert target == "F32" or model.w[0] == 1.0 or model.w[2] == 1.0
+    base = contents(model)
+    host = attach(model, backend=backend)
+    host.load(graft, name="a", cast=True)
+    host.activate("a")
+    assert torch.equal(model.w, new.to(kind))
+    host.deactivate()
+    assert holds(model, base)
+    with pytest.raises(NonFiniteError, match="2 values overflow"):
+        host.load(entries_of([1e300, 1e39, 1, 1], ties, torch.float64), cast=True)
 
 
 def test_cast_checks_the_base_after_rounding_and_overflow() -> None:

@@ -19,7 +19,7 @@ from hotgraft.errors import (
     NonFiniteError,
     PartialWarning,
 )
-from hotgraft.format import DTYPES, Bits, Group, Positions, Row, blocks
+from hotgraft.format import DTYPES, Bits, DType, Group, Positions, Row, blocks
 from hotgraft.graft import Graft
 from hotgraft.kernels import Backend
 from hotgraft.placement.memory import Offsets, memory_offsets
@@ -237,7 +237,7 @@ def _cast(
         target = slots[row.name].dtype
         if target.name != row.dtype:
             (rounded, over), (old_rounded, _) = (
-                backend.round(array, DTYPES[row.dtype], target) for array in (new, old)
+                _converted(backend, array, DTYPES[row.dtype], target) for array in (new, old)
             )
             overflows += over
             vanished += int(np.count_nonzero((rounded == old_rounded) & (new != old)))
@@ -255,3 +255,15 @@ def _cast(
             stacklevel=4,
         )
     return assemble(graft, parts)
+
+
+def _converted(backend: Backend, bits: Bits, source: DType, target: DType) -> tuple[Bits, int]:
+    """Bits in another precision, and how many overflow: as torch's `copy_` has it, for that is how
+    models get theirs from a checkpoint. From F64 to 16 bits it goes by way of F32.
+    """
+    if source.item_size == 8 and target.item_size == 2:
+        middle = DTYPES["F32"]
+        bits, early = backend.round(bits, source, middle)
+        bits, late = backend.round(bits, middle, target)
+        return bits, early + late
+    return backend.round(bits, source, target)
