@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import factories
+import hotgraft
 import pytest
 import torch
 from hosts import Workshop, contents, holds, single, versions
 from hotgraft import attach
 from hotgraft._native import first_replaced
 from hotgraft.errors import HostChangedError
-from torch import nn
+from hotgraft.placement import trace
+from hotgraft.weights import open_weights
+from torch import Tensor, nn
 
 
 def optimiser_step(model: nn.Module) -> None:
@@ -249,3 +252,31 @@ def test_first_replaced_looks_at_objects_and_refuses_other_arguments() -> None:
         first_replaced(owners, keys, (one,))
     with pytest.raises(ValueError, match="owners must be dicts"):
         first_replaced(([],), ("a",), (one,))
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_host_goes_on_after_a_trace(replaces: bool) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    state = {"w": torch.randn(3, 4)}
+    model.weight.data.copy_(state["w"])
+    host = hotgraft.attach(model)
+    host.load(hotgraft.diff({"weight": state["w"]}, {"weight": state["w"] + 1}), name="up")
+    host.activate("up")
+    version = model.weight._version
+
+    @torch.no_grad()
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, tensor in weights:
+            model.weight.copy_(tensor)
+            if replaces:
+                model.weight.data = model.weight.data.clone()
+
+    with open_weights(state) as weights:
+        trace(model, load, weights.specs)
+    assert model.weight._version == version
+    host.deactivate()
+    assert torch.equal(model.weight, state["w"])
+    with torch.no_grad():
+        model.weight.add_(1)  # a real write is seen as ever
+    with pytest.raises(HostChangedError):
+        host.activate("up")

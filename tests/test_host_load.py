@@ -32,6 +32,22 @@ def test_load_takes_a_path_and_its_stem(tmp_path: Path) -> None:
     assert list(shop.host.skills) == ["a", "b", "sql.v1", "x", shop.b.id[:12]]
 
 
+def test_arguments_of_other_types(tmp_path: Path) -> None:
+    shop = Workshop()
+    for name in ("", 3, ["c"], b"c"):
+        with pytest.raises(GraftError, match="its name is a string, and not empty"):
+            shop.host.load(shop.a, name=name)  # type: ignore[arg-type]
+    with pytest.raises(CoverageError, match="names 3: wanted a mapping or a function"):
+        shop.host.load(shop.a, name="c", names=3)  # type: ignore[arg-type]
+    with open(tmp_path / "theirs", "wb") as theirs:
+        with pytest.raises(FormatError, match=r"is no path; wanted that of a graft file"):
+            shop.host.load(theirs.fileno())  # type: ignore[arg-type]
+        theirs.write(b"it is open still")
+    with pytest.raises(UnknownSkillError):
+        shop.host.unload(["a"])  # type: ignore[arg-type]
+    assert list(shop.host.skills) == ["a", "b"]
+
+
 def test_load_refuses_a_name_twice_unless_replaced() -> None:
     shop = Workshop()
     with pytest.raises(SkillInUseError, match=r"'a' is loaded already; replace=True"):

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import statistics
 import threading
 import time
 import weakref
@@ -25,6 +24,7 @@ from hotgraft.errors import (
     BaseMismatchError,
     DataError,
     FormatError,
+    GraftError,
     HotgraftError,
     LibraryFullError,
     SkillInUseError,
@@ -355,16 +355,16 @@ def test_five_thousand_skills(place: Place, tmp_path: Path) -> None:
     many = tmp_path / "many"
     many.mkdir()
 
-    def median() -> float:
-        """Of a switch between two skills that are loaded."""
+    def quickest() -> float:
+        """Of many switches between two skills that are loaded: other work on the machine is out."""
         took = []
         with library.lease("s0", "s1"):
-            for i in range(101):
+            for i in range(300):
                 before = time.perf_counter()
                 library.activate(f"s{i % 2}")
                 took.append(time.perf_counter() - before)
             place.host.deactivate()
-        return statistics.median(took)
+        return min(took)
 
     with Library(place.host, loaded=40 * place.nbytes) as library:
         for known in (10, 5000):
@@ -378,10 +378,10 @@ def test_five_thousand_skills(place: Place, tmp_path: Path) -> None:
                     assert library.stats.loaded_nbytes <= 40 * place.nbytes
                     assert len(place.host.skills) == library.stats.loaded
             if known == 10:
-                few = min(median() for _ in range(3))
+                few = quickest()
         assert 30 < library.stats.loaded < 60
         assert library.stats.evictions > 40
-        assert min(median() for _ in range(3)) < 3 * few
+        assert quickest() < 3 * few
 
 
 def test_a_skill_can_be_removed_while_it_is_read(
@@ -452,6 +452,8 @@ def test_names(place: Place) -> None:
         assert library["a"].leases == 0
         with pytest.raises(UnknownSkillError):
             library.remove(["a"])  # type: ignore[arg-type]
+        with pytest.raises(GraftError, match="its name is a string"):
+            library.add(place.path("a"), 3)  # type: ignore[arg-type]
         with pytest.raises(SkillInUseError, match="there is a skill 'a' already"):
             library.add(place.path("a"))
         place.host.load(place.grafts["b"], name="theirs")

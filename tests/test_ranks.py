@@ -16,6 +16,7 @@ from hotgraft.errors import (
     BaseMismatchError,
     CoverageError,
     FormatError,
+    GraftError,
     HostChangedError,
     HotgraftError,
     OverlapError,
@@ -310,10 +311,28 @@ def test_a_file_that_is_replaced_between_two_ranks(server: Server, tmp_path: Pat
     assert not any(rank.host.skills for rank in server.inner)
 
 
-@pytest.mark.parametrize("name", [None, "", 3])
+@pytest.mark.parametrize("name", [None, "", 3, ["up"]])
 def test_names(server: Server, tmp_path: Path, name: Any) -> None:
-    with pytest.raises(HotgraftError, match="its name is a string"):
-        server.ranks.load(name, skill(server, tmp_path, "up", 1.0))
+    path = skill(server, tmp_path, "up", 1.0)
+    with pytest.raises(GraftError, match="its name is a string"):
+        server.ranks.load(name, path)
+    for use in (server.ranks.unload, server.ranks.activate):
+        with pytest.raises(UnknownSkillError, match=r"no skill .* is loaded"):
+            use(name)
+    assert server.calls == []
+    with pytest.raises(GraftError, match="its name is a string"):
+        server.inner[0].begin(name, "me", path)
+
+
+def test_arguments_of_other_types(server: Server, tmp_path: Path) -> None:
+    server.ranks.load("up", skill(server, tmp_path, "up", 1.0))
+    server.calls.clear()
+    path: Any
+    for path in (None, 3):
+        with pytest.raises(FormatError, match="is no path; wanted that of a graft file"):
+            server.ranks.load("more", path)
+    with pytest.raises(GraftError, match=r"weights 2\.0: give a list"):
+        server.ranks.activate("up", weights=2.0)  # type: ignore[arg-type]
     assert server.calls == []
 
 

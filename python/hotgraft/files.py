@@ -126,6 +126,8 @@ def read(
         FormatError: naming the file and what is wrong with it.
         OSError: the file cannot be read.
     """
+    if not isinstance(path, str | os.PathLike):  # a number is a file that somebody has open
+        raise FormatError(f"{path!r} is no path; wanted that of a graft file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header = file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER))

@@ -29,7 +29,7 @@ from hotgraft.errors import (
 )
 from hotgraft.graft import Graft
 from hotgraft.kernels import POLICIES
-from hotgraft.ledger import NOTHING, Ledger, LiveSet, Skill
+from hotgraft.ledger import NOTHING, Ledger, LiveSet, Skill, require_name
 from hotgraft.streams import Streams
 
 __all__ = ["Host", "Skill", "attach"]
@@ -157,6 +157,7 @@ class Host:
 
         Raises:
             FormatError, OSError: the file is not a valid graft, or cannot be read.
+            GraftError: the name is no string, or empty.
             BaseMismatchError: the host holds another shape, dtype or bits than the graft's base.
             CoverageError, LayoutError, ParameterError: a tensor has no counterpart that can be
                 written.
@@ -164,6 +165,8 @@ class Host:
             SkillInUseError: the name is taken, or the skill to be replaced is live.
         """
         self._streams.require_no_capture("loading")
+        if name is not None:
+            require_name(name)
         graft = source if isinstance(source, Graft) else Graft.load(source, verify_id=verify_id)
         if name is None and not isinstance(source, Graft):
             name = Path(source).name.removesuffix(".safetensors").removesuffix(".graft")

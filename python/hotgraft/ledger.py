@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from hotgraft.errors import BaseMismatchError, HostChangedError
+from hotgraft.errors import BaseMismatchError, GraftError, HostChangedError
 from hotgraft.gate import untraced
 from hotgraft.placement import (
     Backends,
@@ -31,6 +31,12 @@ from hotgraft.placement import (
 )
 from hotgraft.streams import Streams
 from hotgraft.weights import fingerprint
+
+
+def require_name(name: object) -> None:
+    """Raises `GraftError` for what no skill can be called."""
+    if not isinstance(name, str) or not name:
+        raise GraftError(f"a skill is called {name!r}; its name is a string, and not empty")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

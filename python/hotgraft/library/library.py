@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from hotgraft.errors import DataError, HotgraftError, SkillInUseError, UnknownSkillError
 from hotgraft.graft import Graft
 from hotgraft.host import Host
+from hotgraft.ledger import require_name
 from hotgraft.library.folder import Changes, Folder, described
 from hotgraft.library.shelf import Shelf, Volume
 from hotgraft.placement import Names
@@ -176,12 +177,15 @@ class Library:
 
         Raises:
             FormatError, OSError: it is no graft file, or cannot be read.
+            GraftError: the name is no string, or empty.
             SkillInUseError: the name is taken, here or in the host.
         """
         if isinstance(source, Graft):
             volume = Volume(source.id[:12], None, source.id, source.nbytes, graft=source)
         else:
             volume = described(Path(source).absolute())
+        if name is not None:
+            require_name(name)
         volume.name = name or volume.name
         with self._lock:
             self._require_open()

@@ -38,6 +38,8 @@ def resolve_names(
         LayoutError: the module stores the tensor in another layout (fused experts).
     """
     wanted = list(wanted)
+    if names is not None and not callable(names) and not isinstance(names, Mapping):
+        raise CoverageError(f"names {names!r}: wanted a mapping or a function of the graft's names")
     unknown = [] if names is None or callable(names) else [n for n in names if n not in wanted]
     if unknown:
         raise CoverageError(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hotgraft.errors import BaseMismatchError, CoverageError, LayoutError
+from hotgraft.errors import BaseMismatchError, CoverageError, GraftError, LayoutError
 from hotgraft.graft import Graft
 from hotgraft.placement.fit import assemble, rows_of, unite
 from hotgraft.placement.memory import Offsets
@@ -99,10 +99,13 @@ class Trace:
             The graft in the model's coordinates, which may be empty, and which entries it has.
 
         Raises:
+            GraftError: it is none, but a path, say.
             CoverageError: the checkpoint lacks a tensor, or entries that share memory here differ.
             LayoutError: a tensor was not placed by plain copies.
             BaseMismatchError: a tensor has another shape.
         """
+        if not isinstance(graft, Graft):
+            raise GraftError(f"{graft!r} is no Graft; Graft.load(path) reads one")
         found, missing = resolve_names(graft.names, self.specs, model, names)
         if missing:
             raise CoverageError(missing_message(missing, self.specs))

@@ -15,6 +15,7 @@ from hotgraft import placement
 from hotgraft.errors import LayoutError, SkillInUseError, UnknownSkillError
 from hotgraft.graft import Graft
 from hotgraft.host import Host, attach
+from hotgraft.ledger import require_name
 from hotgraft.weights import Checkpoint, sample
 
 
@@ -89,8 +90,10 @@ class Rank:
             cast: as in `Host.load`.
 
         Raises:
+            GraftError: the name is no string, or empty.
             SkillInUseError: there is one of that name, loaded or on its way.
         """
+        require_name(name)
         there = name not in self._leaving and name in self.host.skills
         if name in self._coming or there:
             raise SkillInUseError(f"a skill {name!r} is loaded already, or just being loaded")

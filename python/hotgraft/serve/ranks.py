@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from hotgraft import errors
-from hotgraft.errors import CoverageError, HotgraftError, SkillInUseError, UnknownSkillError
+from hotgraft.errors import (
+    CoverageError,
+    FormatError,
+    GraftError,
+    HotgraftError,
+    SkillInUseError,
+    UnknownSkillError,
+)
+from hotgraft.ledger import require_name
 from hotgraft.serve.rank import Prepared
 
 Call = Callable[[str, tuple[Any, ...]], Sequence[Any]]
@@ -81,6 +89,7 @@ class Ranks:
             cast: as in `Host.load`.
 
         Raises:
+            GraftError: the name is no string, or empty.
             SkillInUseError: there is one of that name.
             FormatError, OSError, BaseMismatchError, LayoutError, NonFiniteError: it failed on a
                 rank, which is named; no rank has it now.
@@ -88,8 +97,9 @@ class Ranks:
             Exception: the ranks could not be reached. What they have of it is taken back, by the
                 next load of this name if it cannot be now.
         """
-        if not isinstance(name, str) or not name:
-            raise HotgraftError(f"a skill is called {name!r}; its name is a string, and not empty")
+        require_name(name)
+        if not isinstance(path, str | os.PathLike):
+            raise FormatError(f"{path!r} is no path; wanted that of a graft file")
         if name in self._skills:
             raise SkillInUseError(f"a skill {name!r} is loaded already; unload it first")
         if name in self._begun:
@@ -140,6 +150,8 @@ class Ranks:
         """
         for name in names:
             self._require(name)
+        if weights is not None and not isinstance(weights, Sequence):
+            raise GraftError(f"weights {weights!r}: give a list with a number a skill")
         target = Live(names, policy, None if weights is None else tuple(weights))
         _raise(self._all("prepare", *dataclasses.astuple(target)))
         results = self._all("activate", *dataclasses.astuple(target))
@@ -162,7 +174,7 @@ class Ranks:
         return int(sum(_raise(self._all("verify"))))
 
     def _require(self, name: str) -> None:
-        if name not in self._skills:
+        if not isinstance(name, str) or name not in self._skills:
             known = ", ".join(self._skills) or "none yet"
             raise UnknownSkillError(f"no skill {name!r} is loaded; loaded are: {known}")
 
