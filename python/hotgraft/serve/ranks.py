@@ -147,6 +147,7 @@ class Ranks:
             UnknownSkillError: a name is not loaded.
             OverlapError, NonFiniteError, GraftError: the set cannot be composed.
             HostChangedError: somebody wrote the weights of a rank. All ranks have what was live.
+            Exception: the ranks could not be reached. They may differ until the next switch.
         """
         for name in names:
             self._require(name)

@@ -36,6 +36,8 @@ def protect(optimizer: torch.optim.Optimizer, model: nn.Module, mask: Mask | Gra
     The gradient at protected positions is not touched, so it counts in the norm that is clipped.
     Inside a step (an optimizer that calls a closure again and again) they may move. Tensors that
     the optimizer does not train are not written, so frozen ones may be in the mask, and may thaw.
+    What others write there (`load_state_dict`, a host's switch) lasts until the next step, which
+    brings the old bits back: protect again after it.
     The model may move to another device meanwhile; an optimizer's copy, a pickled one, or one whose
     state was loaded into a new object has no protection: protect again.
 
