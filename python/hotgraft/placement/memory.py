@@ -39,7 +39,7 @@ def digits(offsets: Offsets, strides: Sequence[int]) -> list[Offsets]:
     """
     found = []
     for stride in strides:
-        digit, offsets = np.divmod(offsets, stride)
+        digit, offsets = np.divmod(offsets, stride) if stride > 1 else (offsets, offsets * 0)
         found.append(digit)
     return [*found, offsets]
 

@@ -78,6 +78,30 @@ class Region(NamedTuple):
     target: View
     """From the slot's first element in memory."""
 
+    @property
+    def flatter(self) -> Region:
+        """The same with dimensions joined that follow one another on both sides.
+
+        Example:
+            >>> rows = View(8, (2, 4), (4, 1))
+            >>> Region("w", rows, rows).flatter.source
+            View(offset=8, shape=(8,), strides=(1,))
+        """
+        dims: list[tuple[int, int, int]] = []
+        for i in self.source.descending:
+            size, mine, theirs = (
+                self.source.shape[i], self.source.strides[i], self.target.strides[i]
+            )  # fmt: skip
+            if dims and dims[-1][1:] == (size * mine, size * theirs):
+                size *= dims.pop()[0]
+            dims.append((size, mine, theirs))
+        shape, source, target = zip(*dims, strict=True) if dims else ((), (), ())
+        return Region(
+            self.slot,
+            View(self.source.offset, shape, source),
+            View(self.target.offset, shape, target),
+        )
+
 
 class Regions:
     """Regions of one tensor whose sources differ in where they begin alone: a family.
@@ -117,7 +141,7 @@ class Regions:
     def families(cls, regions: Iterable[Region]) -> list[Regions]:
         """Regions of one tensor, as few families as that takes or nearly so."""
         alike: dict[tuple[tuple[int, ...], ...], list[Region]] = {}
-        for region in regions:
+        for region in (region.flatter for region in regions):
             alike.setdefault((region.source.shape, region.source.strides), []).append(region)
         return [family for group in alike.values() for family in cls._split(group)]
 
@@ -155,23 +179,31 @@ class Regions:
         if low == high:
             return
         inside = np.ones(high - low, np.bool_)
-        cells, indices = [], []
+        keys = np.zeros(high - low if len(self._keys) > 1 else 0, np.intp)
+        indices = []
         found = digits(where[low:high] - self._origin, self._strides)
         for digit, starts, size in zip(found, self._starts, self._sizes, strict=True):
-            cell = np.searchsorted(starts, digit, side="right") - 1
-            index = digit - starts[cell]  # before the first it is negative
+            if len(starts) > 1:
+                cell = np.searchsorted(starts[1:], digit, side="right")
+                keys = keys * len(starts) + cell
+                index = digit - starts[cell]
+            else:
+                index = digit - starts[0]
             inside &= (index >= 0) & (index < size)
-            cells.append(cell)
             indices.append(index)
         hits = np.flatnonzero(inside)
-        keys = self._keys_of([cell[hits] for cell in cells])
-        first, past = (np.searchsorted(self._keys, keys, side) for side in ("left", "right"))
-        often = past - first
-        nth = np.arange(often.sum()) - np.repeat(np.cumsum(often) - often, often)
-        hits, region = np.repeat(hits, often), np.repeat(first, often) + nth
-        offsets = self._offsets[region]
+        region: npt.NDArray[np.intp] | int = 0
+        if len(self._keys) > 1:
+            first, past = (np.searchsorted(self._keys, keys[hits], s) for s in ("left", "right"))
+            often = past - first
+            nth = np.arange(often.sum()) - np.repeat(np.cumsum(often) - often, often)
+            hits, region = np.repeat(hits, often), np.repeat(first, often) + nth
+        offsets = np.full(len(hits), self._offsets[region])
         for index, steps in zip(indices, self._steps, strict=False):
             offsets += index[hits] * steps[region]
+        if len(self._names) == 1:
+            yield self._names[0], low + hits, offsets
+            return
         slots = self._slots[region]
         for slot in np.unique(slots):
             mine = slots == slot
