@@ -8,7 +8,7 @@ import dataclasses
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ WORKER = "hotgraft.serve.vllm.served.ServedWorker"
 SCHEDULERS = "hotgraft.serve.vllm.core"
 POLL = 0.01
 """Seconds between two questions whether a skill is loaded: workers answer them between steps."""
+LOOK = 1.0
+"""Seconds between two looks at whether an engine that does not answer is dead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,8 @@ async def _answer(app: Any, sock: Any, args: Namespace) -> Any:
 class Engine:
     """The engine process, from the API process.
 
+    Where it has died, all methods raise vLLM's `EngineDeadError`, as its own requests do.
+
     Args:
         client: vLLM's; this is called in its event loop.
     """
@@ -211,7 +215,7 @@ class Engine:
         """Call a method of all workers, from another thread than the event loop's."""
         if args and args[0] == "prepared":
             time.sleep(POLL)
-        calling = self._client.collective_rpc(method, args=args)
+        calling = self._answered(self._client.collective_rpc(method, args=args))
         return asyncio.run_coroutine_threadsafe(calling, self._loop).result()
 
     async def scheduler(self, method: str, *args: Any) -> Any:
@@ -220,7 +224,8 @@ class Engine:
         Raises:
             HotgraftError: what it raised.
         """
-        answer = await self._client.engine_core.call_utility_async("hotgraft", method, list(args))
+        core = self._client.engine_core
+        answer = await self._answered(core.call_utility_async("hotgraft", method, list(args)))
         if "error" in answer:
             raise error_of(*answer["error"])
         return answer["value"]
@@ -228,4 +233,17 @@ class Engine:
     async def counters(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What the scheduler counted, and what each rank did."""
         counted = await self.scheduler("counters")
-        return counted, await self._client.collective_rpc("hotgraft_switches")
+        return counted, await self._answered(self._client.collective_rpc("hotgraft_switches"))
+
+    async def _answered(self, calling: Coroutine[Any, Any, Any]) -> Any:
+        """What the engine answers. vLLM forgets calls that a dying one owes an answer, so that they
+        would wait for ever, and the end of the server with them.
+        """
+        call = asyncio.ensure_future(calling)
+        try:
+            while not (await asyncio.wait([call], timeout=LOOK))[0]:
+                if self._client.errored:
+                    raise self._client.dead_error
+            return call.result()
+        finally:
+            call.cancel()
