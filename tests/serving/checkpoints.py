@@ -21,6 +21,7 @@ SIZES: dict[str, Any] = {
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4}),
     "llama": ("Llama", SIZES),
+    "llama-wide": ("Llama", {**SIZES, "hidden_size": 256, "intermediate_size": 1024}),
     "llama-tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
     "llama-one-kv-head": ("Llama", {**SIZES, "num_key_value_heads": 1}),
     "qwen2": ("Qwen2", SIZES),

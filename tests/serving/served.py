@@ -38,12 +38,12 @@ WEIGHTS = "model.safetensors"
 PATIENCE = 240.0
 
 
-def checkpoint(folder: Path) -> Path:
+def checkpoint(folder: Path, name: str = "llama") -> Path:
     """A toy Llama with a tokenizer of 300 words.
 
     It is in float32, where the best of 300 tokens is so in any batch.
     """
-    base = checkpoints.save("llama", folder)
+    base = checkpoints.save(name, folder)
     state = {name: tensor.float() for name, tensor in load_file(base / WEIGHTS).items()}
     save_file(state, base / WEIGHTS, {"format": "pt"})
     config = json.loads((base / "config.json").read_text())
@@ -56,25 +56,42 @@ def checkpoint(folder: Path) -> Path:
     return base
 
 
-def graft(base: Path, path: Path, seed: int) -> str:
+def graft(base: Path, path: Path, seed: int, density: float = 0.1) -> str:
     """Write a skill that changes every tenth weight; returns its digest."""
     state = load_file(base / WEIGHTS)
-    made = hotgraft.diff(state, checkpoints.tuned(state, 0.1, seed))
+    made = hotgraft.diff(state, checkpoints.tuned(state, density, seed))
     made.save(path)
     return made.id
 
 
 class Server:
-    """A running server. As a context manager it ends with the block."""
+    """A running server. As a context manager it ends with the block.
 
-    def __init__(self, folder: Path, model: Path, skills: Path, *options: str) -> None:
+    Args:
+        folder: where it is started; its log is there.
+        model: the checkpoint.
+        skills: the folder of skills.
+        options: of the command.
+        first: what the process does before it runs the command.
+        environment: beside the usual.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        skills: Path,
+        *options: str,
+        first: str = "",
+        environment: dict[str, str] | None = None,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         script = folder / "serve.py"
-        script.write_text(COMMAND)
+        script.write_text(first + COMMAND)
         self.log = folder / f"server-{self.port}.log"
-        environment = {
+        given = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -82,12 +99,13 @@ class Server:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
             "VLLM_NO_USAGE_STATS": "1",
+            **(environment or {}),
         }
         command = [sys.executable, "-P", script, model, "--skills", skills]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*map(str, command), "--port", str(self.port), *OPTIONS, *options],
-                cwd=folder, env=environment, stdout=log, stderr=log,
+                cwd=folder, env=given, stdout=log, stderr=log,
             )  # fmt: skip
 
     def __enter__(self) -> Server:
