@@ -1,4 +1,4 @@
-"""The skill scheduler in vLLM's real engine, with a toy model and made-up skills."""
+"""The skill scheduler in vLLM's real engine, with toy models, and with skills real or made up."""
 
 import random
 
@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("vllm.v1.core.sched.scheduler")
 
+import ahead
 import scheduler_worker
+import soak
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
@@ -186,22 +188,24 @@ def test_an_unknown_skill_is_an_error_for_its_client_alone(roomy):
     assert {name: got[name] for name in alone} == alone
 
 
+NARROW = {
+    "num_gpu_blocks_override": 14,
+    "max_num_batched_tokens": 48,
+    "long_prefill_token_threshold": 20,
+    "enable_prefix_caching": False,
+}
+"""Little memory, and steps of few tokens: prefills come in chunks, and blocks are taken."""
+RULES = {"hotgraft": {"quantum": 2, "max_wait": 60}}
+
+
 @pytest.fixture(scope="module")
 def narrow(model):
-    """Little memory, and steps of few tokens: prefills come in chunks, and blocks are taken."""
-    return Engine(
-        model,
-        skills=True,
-        num_gpu_blocks_override=14,
-        max_num_batched_tokens=48,
-        long_prefill_token_threshold=20,
-        enable_prefix_caching=False,
-        additional_config={"hotgraft": {"quantum": 2, "max_wait": 60}},
-    )
+    return Engine(model, skills=True, additional_config=RULES, **NARROW)
 
 
-def test_hidden_requests_lose_their_blocks_and_nothing_else(narrow):
-    """On a model first shown to give the same in any batch: alone, with others, after eviction."""
+@pytest.fixture(scope="module")
+def crowd(narrow):
+    """Requests, and what each gets alone, of a model shown to give the same in any batch."""
     wanted = [
         (name, skill, prompt * 2, count + 40)
         for name, skill, prompt, count in requests(random.Random(5), 12, SKILLS)
@@ -211,6 +215,11 @@ def test_hidden_requests_lose_their_blocks_and_nothing_else(narrow):
         alone |= narrow.serve([each])[0]
     together, _ = one_skill_at_a_time(narrow, wanted)
     assert together == alone, "this model's tokens depend on the batch"
+    return wanted, alone
+
+
+def test_hidden_requests_lose_their_blocks_and_nothing_else(narrow, crowd):
+    wanted, alone = crowd
     before = narrow.scheduler.counters.evictions
     got, ended, seen = narrow.serve(wanted)
     assert got == alone
@@ -220,20 +229,43 @@ def test_hidden_requests_lose_their_blocks_and_nothing_else(narrow):
     assert largest <= 48 < max(len(prompt) for _, _, prompt, _ in wanted)  # in chunks
 
 
+def test_steps_that_are_planned_ahead_give_the_same_tokens(model, crowd, monkeypatch):
+    """vLLM's loop, scheduler and runner as on GPUs: a step is planned when no output is in."""
+    wanted, alone = crowd
+    with ahead.allowed(monkeypatch):
+        scheduler = "hotgraft.serve.vllm.scheduler.AsyncSkillScheduler"
+        engine = Engine(
+            model, skills=True, scheduler_cls=scheduler, additional_config=RULES, **NARROW
+        )
+        assert engine.engine.engine_core.engine_core.batch_queue_size == 2
+        got, ended, seen = engine.serve(wanted)
+        assert got == alone
+        assert len(ended) == 12
+        assert all(named == live for named, live, _ in seen)
+        counters = engine.scheduler.counters
+        assert min(counters.evictions, counters.switches) > 0
+        gone = {"r0", "r1", "r2", "r7"}
+        got, ended, _ = engine.serve(wanted, abort=gone, at=30)
+        assert ended.keys() == alone.keys() - gone
+        for name, tokens in got.items():
+            assert tokens == (alone[name][: len(tokens)] if name in gone else alone[name])
+
+
 def test_traffic_without_skills_is_plain_vllm(model, narrow):
     """The same tokens in the same number of steps, short of memory."""
-    plain = Engine(
-        model,
-        skills=False,
-        num_gpu_blocks_override=14,
-        max_num_batched_tokens=48,
-        long_prefill_token_threshold=20,
-        enable_prefix_caching=False,
-        worker_cls="scheduler_worker.FakeSkillWorker",
-    )
+    worker = "scheduler_worker.FakeSkillWorker"
+    plain = Engine(model, skills=False, worker_cls=worker, **NARROW)
     wanted = requests(random.Random(6), 16, (None,))
     theirs, _, plain_steps = plain.serve(wanted)
     ours, _, steps = narrow.serve(wanted)
     assert ours == theirs
     assert [counts for _, _, counts in steps] == [counts for _, _, counts in plain_steps]
     assert {live for _, live, _ in steps[1:]} == {None}
+
+
+def test_switches_under_load_give_what_servers_of_one_skill_give(tmp_path):
+    """Real skills in a real worker, and vLLM alone on their checkpoints as the judge."""
+    base = soak.save_base(tmp_path / "base", "bfloat16")
+    found = soak.soak(base, 2, 200, invariant=False)
+    assert found["switches"] >= 200
+    assert min(found["evictions"], found["aborted"]) > 0

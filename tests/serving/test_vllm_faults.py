@@ -23,8 +23,7 @@ NAMES = ("toy", "sql", "french")
 PROMPTS = [f"w{i} w{i + 40} w{7 * i}" for i in range(2, 6)]
 COUNT = 8
 FAULTY = "from hotgraft.serve.vllm import server\nserver.WORKER = 'faulty.Worker'\n"
-ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-TWO_RANKS = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
 GONE = 40.0
 """Seconds in which a server has ended that lost a worker: vLLM looks for it every five, and gives
 other workers some to end."""
@@ -58,7 +57,7 @@ class Setting:
             options += ("--tensor-parallel-size", str(ranks))
         return served.Server(
             self.folder, self.base, self.skills, *options,
-            first=FAULTY, environment=TWO_RANKS if ranks > 1 else ENVIRONMENT,
+            first=FAULTY, environment=ENVIRONMENT,
         )  # fmt: skip
 
 
