@@ -2,15 +2,15 @@
 
 Run in vLLM's environment, from any folder but the repository's root:
 
-    python -P .../bench/serving/soak.py --out .../bench/serving/results/DATE-soak.jsonl
+    python .../bench/serving/soak.py --out .../bench/serving/results/DATE-soak.jsonl
 
 Clients ask for skills and for the base at random, some go away, and prompts share beginnings. Turns
 are one step long, memory is short and prompts come in chunks, so requests also lose their memory.
-All steps that the scheduler plans are kept. Then for each skill a plain engine is started on the
-skill's checkpoint, without a host or a scheduler of hotgraft's, and is given the steps of the skill
-as they were: the tokens of each must be the same. Greedy decoding itself depends on the batch,
-which is why the steps are. Where the model does not depend on it, which is shown first, responses
-must also be those of the plain engine with batches of its own.
+All steps that the scheduler plans are kept. Then for each skill an engine is started on the skill's
+checkpoint, with vLLM's own scheduler and no skills, and is given the steps of the skill as they
+were: the tokens of each must be the same. Greedy decoding itself depends on the batch, which is why
+the steps are. Where the model does not depend on it, which is shown first, responses must also be
+those of this engine with batches of its own.
 """
 
 from __future__ import annotations
@@ -18,38 +18,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import os
 import pickle
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # with -P it is not there
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    OMP_NUM_THREADS="1",  # of a toy's step, waiting for each other would be the most
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # threads would take longer to wait for each other than a step
 
 import hotgraft
+import lab
 import torch
-from hotgraft.serve.vllm import core
 from hotgraft.serve.vllm.worker import connect
-from patch import environment
+from lab import State
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -62,29 +52,24 @@ SIZES = {
 SKILLS = 8
 CLIENTS = 24
 OPTIONS: dict[str, Any] = {
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
+    "worker_cls": lab.OURS["worker_cls"],  # the judges' as well: the same products of matrices
+    "enable_prefix_caching": True,
     "max_model_len": 256,
-    "max_num_seqs": 32,
     "block_size": 32,
     "seed": 0,
     "num_gpu_blocks_override": 28,
     "max_num_batched_tokens": 64,
     "long_prefill_token_threshold": 40,
 }
-OURS: dict[str, Any] = {
-    "worker_cls": "hotgraft.serve.vllm.worker.SkillWorker",
-    "scheduler_cls": "hotgraft.serve.vllm.core.SkillScheduler",
+TURNS: dict[str, Any] = {
+    "scheduler_cls": lab.OURS["scheduler_cls"],
     "additional_config": {"hotgraft": {"quantum": 1}},
 }
-PLAIN: dict[str, Any] = {"worker_extension_cls": "hotgraft.serve.vllm.worker.Grafts"}
-"""For the same kernels on a CPU: it keeps weights unpacked. No host is made unless it is called."""
 WEIGHTS = "model.safetensors"
 EARLY = 10
 """Memory is looked at after one switch in so many, and at the end."""
 GROWTH = 16
 """MiB by which it may grow, the clients' own books included."""
-State = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +107,7 @@ def main() -> None:
         print(rows[-1])
         early, late = rows[-1]["resident_anonymous_mib"].values()
         assert late - early < GROWTH, f"memory grew by {late - early} MiB"
-    with given.out.open("a") as file:
-        for row in [{"kind": "environment", **environment()}, *rows]:
-            file.write(json.dumps(row) + "\n")
+    lab.append(given.out, [lab.environment(), *rows])
 
 
 def save_base(folder: Path, dtype: str) -> Path:
@@ -159,7 +142,7 @@ def soak(base: Path, count: int, switches: int, *, invariant: bool) -> dict[str,
     check_responses(run, steps)
     own = 0
     for skill, folder in folders.items():
-        llm = LLM(str(folder), **options(folder), **PLAIN)
+        llm = engine(folder).llm
         if invariant:
             check_invariant(llm, run, skill)
         own += count_own_batches(llm, run, skill)
@@ -192,9 +175,10 @@ def save_skill(base: Path, name: str, seed: int) -> Path:
     return folder
 
 
-def options(folder: Path) -> dict[str, Any]:
-    """Of both kinds of engines; a checkpoint's own precision is not what vLLM takes by default."""
-    return {**OPTIONS, "dtype": json.loads((folder / "config.json").read_text())["dtype"]}
+def engine(folder: Path, **more: Any) -> lab.Engine:
+    """An engine for a checkpoint, in its own precision, which vLLM does not take by default."""
+    dtype = next(iter(load_file(folder / WEIGHTS).values())).dtype
+    return lab.Engine(folder, dtype=str(dtype).removeprefix("torch."), **OPTIONS, **more)
 
 
 # ---- the server under load ----------------------------------------------------------------------
@@ -202,27 +186,23 @@ def options(folder: Path) -> dict[str, Any]:
 
 def serve(base: Path, skills: list[str], switches: int, steps: Path) -> Run:
     """Load skills, and answer clients until there were so many switches."""
-    llm = LLM(str(base), **options(base), **OURS)
-    before = parameters(llm)
-    ranks, engine = connect(llm), llm.llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
-    for name in skills:
-        loaded = ranks.load(name, base.parent / f"{name}.graft.safetensors")
-        answer = core.call(engine.engine_core.engine_core, "set", (name, loaded.id))
-        assert "error" not in answer, answer
+    server = engine(base, **TURNS)
+    llm, client, scheduler = server.llm, server.engine, server.scheduler
+    before, ranks = parameters(llm), connect(llm)
+    lab.load(server, base.parent)
     run, rng = Run(), random.Random(0)
     coming = requests(rng, [None, *skills])
     resident: dict[int, float] = {}
     started = time.perf_counter()
     with steps.open("wb") as file:
         record(scheduler, file)
-        while scheduler.counters.switches < switches or engine.has_unfinished_requests():
+        while scheduler.counters.switches < switches or client.has_unfinished_requests():
             more = scheduler.counters.switches < switches
-            while more and engine.get_num_unfinished_requests() < CLIENTS:
-                add(engine, run, next(coming))
+            while more and client.get_num_unfinished_requests() < CLIENTS:
+                add(client, run, next(coming))
             if rng.random() < 0.01:
-                abort(engine, run, rng)
-            for output in engine.step():
+                abort(client, run, rng)
+            for output in client.step():
                 run.responses[output.request_id] = list(output.outputs[0].token_ids)
             if not resident and scheduler.counters.switches >= switches // EARLY:
                 resident[scheduler.counters.switches] = anonymous()
@@ -266,22 +246,22 @@ def sampling(wanted: Wanted, **more: Any) -> SamplingParams:
     )
 
 
-def add(engine: Any, run: Run, wanted: Wanted) -> None:
+def add(client: Any, run: Run, wanted: Wanted) -> None:
     """Send a request."""
     asked = {"hotgraft_skill": wanted.skill} if wanted.skill else None
     prompt = {"prompt_token_ids": wanted.prompt}
-    engine.add_request(wanted.name, prompt, sampling(wanted, extra_args=asked))
+    client.add_request(wanted.name, prompt, sampling(wanted, extra_args=asked))
     run.requests[wanted.name] = wanted
     run.whole.add(wanted.name)
     run.responses[wanted.name] = []
 
 
-def abort(engine: Any, run: Run, rng: random.Random) -> None:
+def abort(client: Any, run: Run, rng: random.Random) -> None:
     """A client goes away."""
     open_ = [n for n in run.whole if len(run.responses[n]) < run.requests[n].count]
     if open_:
         name = rng.choice(sorted(open_))
-        engine.abort_request([name])
+        client.abort_request([name])
         run.whole.discard(name)
 
 
@@ -345,7 +325,7 @@ def check_responses(run: Run, steps: Path) -> None:
 
 
 def differences(llm: Any, skill: str | None, steps: Path) -> int:
-    """Give an engine the steps of a skill as they were, and nothing in those of the others.
+    """Give an engine a skill's steps as they were, and in place of the others' steps empty ones.
 
     Returns:
         How many came out otherwise.
@@ -353,7 +333,8 @@ def differences(llm: Any, skill: str | None, steps: Path) -> int:
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     found = 0
     for planned, before in recorded(steps):
-        if not planned.total_num_scheduled_tokens or planned.hotgraft_skill != skill:
+        named = vars(planned).pop("hotgraft_skill")  # this worker has none that it could switch to
+        if not planned.total_num_scheduled_tokens or named != skill:
             idle = SchedulerOutput.make_empty()
             idle.finished_req_ids = planned.finished_req_ids
             executor.execute_model(idle)
