@@ -95,3 +95,22 @@ def look_for_packed(rank: int, count: int, folder: Path) -> None:
 
 def test_packed_weights_are_seen(folder: Path) -> None:
     ranks.run(look_for_packed, folder, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 96), (3, 96), (5, 96), (2, 40, 96), (0, 96)])
+def test_live_linears_compute_with_the_weights_of_the_moment(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    from hotgraft.serve.vllm.live import linear
+
+    x, weight, bias = (torch.randn(s).to(dtype) for s in (shape, (64, 96), (64,)))
+    for _ in range(2):
+        for more in ((), (bias,)):
+            found = linear(x, weight, *more)
+            wanted = torch.nn.functional.linear(x, weight, *more)
+            assert found.shape == wanted.shape
+            assert found.is_contiguous()
+            error = 1e-4 if dtype == torch.float32 else 0.02
+            torch.testing.assert_close(found, wanted, atol=4 * error, rtol=error)
+        weight.mul_(-1)  # as a graft changes it: in place
