@@ -8,7 +8,7 @@ Run in vLLM's environment, from any folder but the repository's root:
 |---|---|
 | plain | vLLM, and no plugin is loaded; in a process of its own |
 | installed | the same with hotgraft's plugin, as wherever it is installed |
-| live | plain vLLM whose linears compute with live weights, as hotgraft needs them on a CPU |
+| live | plain vLLM whose weights are live, packed as hotgraft's worker packs them on a CPU |
 | idle | hotgraft's scheduler and worker, no skill is loaded |
 | loaded | the same with eight skills loaded |
 """
@@ -50,7 +50,7 @@ def main() -> None:
     """Measure, print medians, and append rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     given = parser.parse_args()
     lab.append(given.out, [lab.environment()])
@@ -99,7 +99,7 @@ def report(samples: dict[str, list[float]], beside: str) -> str:
 def start(folder: Path, dtype: str) -> dict[str, Callable[[int], Round]]:
     """For each variant what runs a round of it."""
     import vllm.model_executor.layers.utils as layers
-    from hotgraft.serve.vllm.live import packed_layers
+    from hotgraft.serve.vllm.live import pack, packed_layers
 
     os.environ["VLLM_PLUGINS"] = ""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
@@ -120,6 +120,8 @@ def start(folder: Path, dtype: str) -> dict[str, Callable[[int], Round]]:
     assert packed_layers(engines["installed"].worker.get_model())
     for name, options in (("live", LIVE), ("idle", lab.OURS), ("loaded", lab.OURS)):
         engines[name] = lab.Engine(folder / "base", dtype=dtype, **options)
+    pack(engines["live"].worker.get_model())  # the others have done so
+    for name in ("live", "idle", "loaded"):
         assert not packed_layers(engines[name].worker.get_model())
     layers.dispatch_cpu_unquantized_gemm = dispatch  # for the next data type
     lab.load(engines["loaded"], folder)
@@ -168,20 +170,21 @@ def steps_of(engine: lab.Engine) -> list[float]:
 
 def kernels(dtype: str) -> list[dict[str, Any]]:
     """The floor: all linears of the model by themselves, in turns."""
-    from hotgraft.serve.vllm.live import linear
+    from hotgraft.serve.vllm.live import Packed
     from vllm import _custom_ops as ops
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
     weights = [(torch.randn(s) * 0.02).to(getattr(torch, dtype)) for s in (*LAYERS * 12, HEAD)]
     packed = [ops.create_onednn_mm(weight.t(), 32) for weight in weights]
+    live = [(Packed(weight), weight) for weight in weights]
     rows = []
     for count in ROWS:
         x = {k: torch.randn(count, k).to(weights[0].dtype) for k in (768, 3072)}
         ways: dict[str, Callable[[], object]] = {
             "packed": lambda x=x: [ops.onednn_mm(p, x[p.k], None) for p in packed],
             "torch": lambda x=x: [functional.linear(x[w.shape[1]], w) for w in weights],
-            "live": lambda x=x: [linear(x[w.shape[1]], w) for w in weights],
+            "live": lambda x=x: [p(x[w.shape[1]], w, None) for p, w in live],
         }
         samples: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(-1, 9 if count <= MANY else 3):

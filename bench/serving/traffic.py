@@ -10,17 +10,19 @@ same in all runs; what differs is whom they name:
 - burst: so many requests in a row name one skill, the next ones the next skill.
 - shuffled: a skill each, by chance.
 
-Runs that are compared are made in turns.
+A burst's run and that of one skill are made at once, in turns, a step each.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,13 @@ CLIENTS = 16
 SKILLS = [f"s{i}" for i in range(8)]
 DENSITY = 1e-3
 PROMPTS = (4, 24)
-ANSWERS = (6, 18)
+ANSWERS = (4, 12)
 QUANTA = (1, 4, 8, 16, 32)
 COUNTS = (1, 2, 4, 8)
-BURSTS = (16, 32, 64)
+BURSTS = (16, 32, 128)
+SHUFFLED = 2 * CLIENTS
+Row = dict[str, Any]
+Engines = Sequence[lab.Engine]
 LONG = 3600.0
 """A `max_wait` that plays no part."""
 
@@ -44,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cases", nargs="+", default=["burst", "shuffled", "waits"])
     given = parser.parse_args()
     lab.append(given.out, [lab.environment()])
@@ -53,40 +58,42 @@ def main() -> None:
         base = lab.checkpoint(folder / "base", given.dtype)
         for name in SKILLS:
             lab.skill(base, DENSITY).save(folder / f"{name}.graft.safetensors")
-        engine = lab.Engine(folder / "base", dtype=given.dtype, **lab.OURS)
-        lab.load(engine, folder)
-        run(engine, SKILLS[:2] * CLIENTS, Rules())  # the first steps are slower
+        engines = [lab.Engine(folder / "base", dtype=given.dtype, **lab.OURS) for _ in range(2)]
+        for engine in engines:
+            lab.load(engine, folder)
+        together([Run(e, SKILLS[:2] * CLIENTS, Rules()) for e in engines])  # the first are slower
         for number in range(given.rounds):
             for case in given.cases:
-                for row in CASES[case](engine):
+                for row in CASES[case](engines):
                     about = {"case": case, "dtype": given.dtype, "round": number}
                     lab.append(given.out, [about | row])
 
 
-def bursts(engine: lab.Engine) -> Any:
-    """Bursts of eight skills, each beside as many requests of one skill."""
+def bursts(engines: Engines) -> Iterator[Row]:
+    """Bursts of eight skills, beside as many requests of one skill."""
     for size in BURSTS:
-        for names in (SKILLS, SKILLS[:1]):
-            order = [name for name in SKILLS for _ in range(size)]
-            wanted = [names[SKILLS.index(name) % len(names)] for name in order]
-            yield {"burst": size, "skills": len(names), **run(engine, wanted, Rules())}
+        wanted = [name for name in SKILLS for _ in range(size)]
+        runs = [
+            Run(engines[0], wanted, Rules()),
+            Run(engines[1], SKILLS[:1] * len(wanted), Rules()),
+        ]
+        for row in together(runs):
+            yield {"burst": size, **row}
 
 
-def shuffled(engine: lab.Engine, count: int = 3 * CLIENTS) -> Any:
+def shuffled(engines: Engines) -> Iterator[Row]:
     """The curve over live skills and quanta."""
     for skills in COUNTS:
         for quantum in QUANTA if skills > 1 else QUANTA[:1]:
-            wanted = chance(SKILLS[:skills], count)
             rules = Rules(quantum=quantum, max_wait=LONG)
-            yield {"skills": skills, "quantum": quantum, **run(engine, wanted, rules)}
+            yield from together([Run(engines[0], chance(SKILLS[:skills], SHUFFLED), rules)])
 
 
-def waits(engine: lab.Engine, count: int = 6 * CLIENTS) -> Any:
+def waits(engines: Engines) -> Iterator[Row]:
     """Waiting, where the bound in seconds cuts turns short."""
     for max_wait in (0.25, 1.0):
         rules = Rules(max_wait=max_wait)
-        found = run(engine, chance(SKILLS, count), rules)
-        yield {"skills": len(SKILLS), "max_wait": max_wait, "quantum": rules.quantum, **found}
+        yield from together([Run(engines[0], chance(SKILLS, 2 * SHUFFLED), rules)])
 
 
 CASES = {"burst": bursts, "shuffled": shuffled, "waits": waits}
@@ -99,65 +106,83 @@ def chance(names: Sequence[str], count: int) -> list[str]:
     return wanted
 
 
-def run(engine: lab.Engine, wanted: Sequence[str], rules: Rules) -> dict[str, Any]:
-    """Serve a request for each of these skills, in this order."""
-    rng = random.Random(0)
-    asked = [
-        (f"r{i}", lab.tokens(rng, rng.randint(*PROMPTS)), rng.randint(*ANSWERS), skill)
-        for i, skill in enumerate(wanted)
-    ]
-    scheduler, worker = engine.scheduler, engine.worker
-    scheduler._turns.rules = rules
-    counters = scheduler.counters = type(scheduler.counters)()
-    waited: list[float] = []
-    switching: list[float] = []
-    count_wait, switch = counters.count_wait, worker.hotgraft_switch
-    counters.count_wait = lambda seconds: (waited.append(seconds), count_wait(seconds))
-    worker.hotgraft_switch = lab.timing(switch, switching)
-    steps: list[float] = []
-    coming = iter(asked)
-    for _, request in zip(range(CLIENTS), coming, strict=False):
-        engine.add(*request)
-    while engine.engine.has_unfinished_requests():
+class Run:
+    """A request for each of these skills, in this order, step by step."""
+
+    def __init__(self, engine: lab.Engine, wanted: Sequence[str], rules: Rules) -> None:
+        rng = random.Random(0)
+        asked = [
+            (f"r{i}", lab.tokens(rng, rng.randint(*PROMPTS)), rng.randint(*ANSWERS), skill)
+            for i, skill in enumerate(wanted)
+        ]
+        self.skills, self.rules = len({*wanted}), rules
+        self.tokens = sum(tokens for _, _, tokens, _ in asked)
+        self.answered = 0
+        self.steps: list[float] = []
+        self.waited: list[float] = []
+        self.switching: list[float] = []
+        self._engine = engine
+        scheduler, worker = engine.scheduler, engine.worker
+        scheduler._turns.rules = rules
+        self.counters = scheduler.counters = type(scheduler.counters)()
+        count_wait = self.counters.count_wait
+        self.counters.count_wait = lambda wait: (self.waited.append(wait), count_wait(wait))
+        switch = type(worker).hotgraft_switch.__get__(worker)
+        worker.hotgraft_switch = lab.timing(switch, self.switching)
+        self._coming = iter(asked)
+        for request in itertools.islice(self._coming, CLIENTS):
+            engine.add(*request)
+
+    @property
+    def done(self) -> bool:
+        """Whether all are answered."""
+        return not self._engine.engine.has_unfinished_requests()
+
+    def step(self) -> None:
+        """One step; a client that has its answer sends its next request."""
         begin = time.perf_counter()
-        for _ in engine.step()[1]:
-            if (request := next(coming, None)) is not None:
-                engine.add(*request)
-        steps.append(time.perf_counter() - begin)
-    worker.hotgraft_switch = switch
-    answered = sum(tokens for _, _, tokens, _ in asked)
-    bound = wait_bound(rules, len({*wanted}), max(steps))
-    found = {
-        "requests": len(asked),
-        "tokens": answered,
-        "seconds": sum(steps),
-        "empty_steps": counters.empty,
-        "bound_seconds": bound,
-        "steps_ms": [round(1e3 * s, 2) for s in steps],
-        "switches_ms": [round(1e3 * s, 3) for s in switching],
-        "waits_seconds": [round(s, 4) for s in waited],
-    }
-    print(
-        f"{len({*wanted})} skills, {rules}: {answered / sum(steps):.1f} tokens/s, "
-        f"{len(steps)} steps of {1e3 * statistics.median(steps):.1f} ms, "
-        f"{len(switching)} switches, {sum(switching) / sum(steps):.2%} of the time, "
-        f"waits: p99 {percentile(waited, 99):.3f} s, bound {bound:.3f} s"
-    )
-    assert max(waited, default=0.0) <= bound, "a skill waited for longer than the bound"
-    return found
+        answers = self._engine.step()[1]
+        for _ in answers:
+            if (request := next(self._coming, None)) is not None:
+                self._engine.add(*request)
+        self.steps.append(time.perf_counter() - begin)
+        self.answered += len(answers)
+
+    def row(self) -> Row:
+        """What was measured."""
+        seconds, bound = sum(self.steps), wait_bound(self.rules, self.skills, max(self.steps))
+        print(
+            f"{self.skills} skills, {self.rules}: {self.tokens / seconds:.1f} tokens/s, "
+            f"{len(self.steps)} steps of {1e3 * statistics.median(self.steps):.1f} ms, "
+            f"{len(self.switching)} switches, {sum(self.switching) / seconds:.2%} of the time, "
+            f"longest wait {max(self.waited, default=0.0):.3f} s, bound {bound:.3f} s"
+        )
+        assert max(self.waited, default=0.0) <= bound, "a skill waited for longer than the bound"
+        return {
+            "skills": self.skills,
+            **dataclasses.asdict(self.rules),
+            "requests": self.answered,
+            "tokens": self.tokens,
+            "seconds": seconds,
+            "empty_steps": self.counters.empty,
+            "bound_seconds": bound,
+            "steps_ms": [round(1e3 * s, 2) for s in self.steps],
+            "switches_ms": [round(1e3 * s, 3) for s in self.switching],
+            "waits_seconds": [round(s, 4) for s in self.waited],
+        }
+
+
+def together(runs: Sequence[Run]) -> list[Row]:
+    """All of these at once, each on its engine: a step for who has the least answers."""
+    while left := [run for run in runs if not run.done]:
+        min(left, key=lambda run: run.answered).step()
+    return [run.row() for run in runs]
 
 
 def wait_bound(rules: Rules, skills: int, longest: float) -> float:
     """As `hotgraft.serve.vllm.turns` has it, the smaller of the two bounds."""
     by_quantum = (skills - 1) * rules.quantum * longest + longest
     return min(by_quantum, max(rules.max_wait, longest) + (skills - 1) * longest)
-
-
-def percentile(values: Sequence[float], share: int) -> float:
-    """The smallest of these that so many in a hundred do not exceed."""
-    if not values:
-        return 0.0
-    return sorted(values)[-(-len(values) * share // 100) - 1]
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import pytest
 import ranks
 import torch
 from hotgraft.errors import LayoutError
-from hotgraft.placement import trace
+from hotgraft.placement import Order, trace
 from hotgraft.weights import open_weights
 from safetensors.torch import load_file, save_file
 
 COUNTS = (1, 2)
+State = dict[str, torch.Tensor]
 REPACKED = "experts"
 
 
@@ -52,10 +53,50 @@ def compare(rank: int, count: int, folder: Path) -> None:
             assert_equal(bits(model), before, name)
             model.load_weights(new.items())
             assert_equal(live, bits(model), name)
+            model.load_weights(old.items())
+            compare_packed(model, folder / name, graft, before, live)
             save_file({"which": torch.from_numpy(which)}, folder / f"{name}-{count}-{rank}")
 
 
-def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def compare_packed(
+    model: torch.nn.Module, checkpoint: Path, graft: hotgraft.Graft, before: State, live: State
+) -> None:
+    """The same with packed weights, seen as they were loaded."""
+    from hotgraft.serve.vllm.live import pack, packed_layers, refuse_loading
+
+    pack(model)
+    assert packed_layers(model) == []
+    assert packed_names(model), "oneDNN packed nothing here"
+    with open_weights(checkpoint) as weights:
+        found = trace(model, model.load_weights, weights.specs)
+        found.verify(weights)
+    placed, which = found.place(graft, model)
+    assert which.any()
+    assert_equal(as_loaded(model), before, checkpoint.name)
+    host = hotgraft.attach(model)
+    host.load(placed, name="tuned")
+    host.activate("tuned")
+    assert_equal(as_loaded(model), live, checkpoint.name)
+    host.detach(force=True)
+    assert_equal(as_loaded(model), before, checkpoint.name)
+    refuse_loading(model)
+    with pytest.raises(LayoutError, match="packed"):
+        model.load_weights([])
+
+
+def packed_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, tensor in model.named_parameters() if Order.of(tensor) is not None}
+
+
+def as_loaded(model: torch.nn.Module) -> State:
+    found = bits(model)
+    for name, tensor in model.named_parameters():
+        if (order := Order.of(tensor)) is not None:
+            found[name] = order.plain(tensor)
+    return found
+
+
+def bits(model: torch.nn.Module) -> State:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -63,7 +104,7 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], name: str) -> None:
+def assert_equal(a: State, b: State, name: str) -> None:
     differing = [n for n in a if not torch.equal(raw(a[n]), raw(b[n]))]
     assert not differing, f"{name}: {differing}"
 
@@ -98,19 +139,27 @@ def test_packed_weights_are_seen(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 96), (3, 96), (5, 96), (2, 40, 96), (0, 96)])
-def test_live_linears_compute_with_the_weights_of_the_moment(
+@pytest.mark.parametrize("shape", [(1, 96), (5, 96), (2, 40, 96)])
+def test_packed_weights_are_computed_with_as_they_are_at_the_moment(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    from hotgraft.serve.vllm.live import linear
+    from hotgraft.serve.vllm.live import Packed
 
     x, weight, bias = (torch.randn(s).to(dtype) for s in (shape, (64, 96), (64,)))
+    packed = Packed(weight)
+    error = 1e-4 if dtype == torch.float32 else 0.02
     for _ in range(2):
-        for more in ((), (bias,)):
-            found = linear(x, weight, *more)
-            wanted = torch.nn.functional.linear(x, weight, *more)
-            assert found.shape == wanted.shape
-            assert found.is_contiguous()
-            error = 1e-4 if dtype == torch.float32 else 0.02
-            torch.testing.assert_close(found, wanted, atol=4 * error, rtol=error)
-        weight.mul_(-1)  # as a graft changes it: in place
+        for more in (None, bias):
+            wanted = torch.nn.functional.linear(x, weight, more)
+            torch.testing.assert_close(packed(x, weight, more), wanted, atol=4 * error, rtol=error)
+        packed.memory.mul_(-1)  # as a graft changes it: in place
+        weight.mul_(-1)
+
+
+def test_memory_outlives_who_packed_it() -> None:
+    from hotgraft.serve.vllm.live import Packed
+
+    memory = Packed(torch.full((64, 96), 3.0)).memory
+    others = [Packed(torch.zeros(64, 96)) for _ in range(8)]
+    assert (memory == 3).all()
+    assert len(others) == 8

@@ -2,6 +2,7 @@
 
 from hotgraft.placement.fit import fit, refuse_nonfinite
 from hotgraft.placement.names import Names
+from hotgraft.placement.orders import Order
 from hotgraft.placement.overlay import expected_bits, share_cells
 from hotgraft.placement.plain import Backends, Launch, Plan, compile_plan, resolve_backends
 from hotgraft.placement.regions import Region, View
@@ -15,6 +16,7 @@ __all__ = [
     "Launch",
     "Loader",
     "Names",
+    "Order",
     "Placed",
     "Plan",
     "Region",

@@ -14,6 +14,7 @@ from hotgraft.graft import Graft
 from hotgraft.placement.fit import assemble, rows_of, unite
 from hotgraft.placement.memory import Offsets
 from hotgraft.placement.names import Names, missing_message, resolve_names
+from hotgraft.placement.orders import Order
 from hotgraft.placement.regions import Region, Regions, View
 from hotgraft.placement.slots import Slot
 from hotgraft.weights import Checkpoint, Spec, sample
@@ -70,7 +71,7 @@ class Trace:
         for name, regions in self.regions.items():
             whole = checkpoint.tensor(name)
             for region in regions:
-                held = region.target.within(self.slots[region.slot].tensor.detach())
+                held = region.target.within(_as_loaded(self.slots[region.slot].tensor))
                 wanted = region.source.within(whole).to(held.device, held.dtype)
                 kind = _INTEGERS[held.element_size()]
                 if not torch.equal(held.view(kind), wanted.view(kind)):
@@ -170,8 +171,17 @@ class Trace:
                     self.refused.setdefault(name, f"{region.slot!r} overlaps another parameter")
 
 
+def _as_loaded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy with its elements where the loader wrote them."""
+    order = Order.of(tensor)
+    return tensor.detach() if order is None else order.plain(tensor)
+
+
 def _positions(offsets: Offsets, tensor: torch.Tensor) -> Offsets:
-    """C-order positions in a tensor of elements by their offsets in memory."""
+    """C-order positions in a tensor of elements by the offsets at which they were loaded."""
+    order = Order.of(tensor)
+    if order is not None:
+        return order.positions(offsets)
     if tensor.is_contiguous():
         return offsets
     view = View.of(tensor)._replace(offset=0)

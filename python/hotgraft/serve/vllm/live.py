@@ -4,20 +4,55 @@ On a GPU dense layers compute with their parameters. On a CPU vLLM packs the wei
 it is loaded and drops the originals, so there is nothing that a graft could be put into.
 `keep_weights_live` makes it compute with the parameters there too; importing
 `hotgraft.serve.vllm.worker` calls it, which happens in each worker before it loads a model.
+
+Packed weights are faster where few rows meet many weights. `pack` keeps that: it lets oneDNN pack a
+layer's weights into memory that then is the parameter's, and the parameter's `Order` says which
+element lies where.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import collections
+import ctypes
+import functools
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""oneDNN's product of one matrix and another's transpose, where torch is built with it."""
+from hotgraft.errors import LayoutError
+from hotgraft.placement import Order
 
-EXCHANGED = {torch.bfloat16: range(1, 2), torch.float32: range(4, 1 << 30)}
-"""The numbers of rows for which `linear` exchanges the two sides, by data type."""
+MKLDNN: Any = torch.ops.mkldnn
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 16
+"""How many rows oneDNN is told to pack for. Any number can be multiplied then."""
+
+_BASE = 255  # digits of numbers that all data types can tell apart
+
+
+class Packed:
+    """The product with a matrix that oneDNN has packed.
+
+    Args:
+        weight: the matrix; it is copied.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._matrix: Any = MKLDNN._reorder_linear_weight(weight, ROWS)
+        self.memory = _memory(self._matrix, weight.dtype)
+        """What it computes with. Writing into this changes the matrix."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,  # noqa: ARG002 - vLLM's signature; it is the packed one
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `torch.nn.functional.linear`."""
+        found: torch.Tensor = MKLDNN._linear_pointwise(x, self._matrix, bias, "none", [], "")
+        return found
 
 
 def keep_weights_live() -> None:
@@ -32,29 +67,115 @@ def keep_weights_live() -> None:
         utils.dispatch_cpu_unquantized_gemm = _keep
 
 
-def _keep(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - vLLM's signature
-    layer.cpu_linear = linear
+def pack(model: torch.nn.Module) -> None:
+    """Let layers that compute with their own weights on a CPU have them packed, and still live.
 
+    Nothing that does not know of their order may write into them: `load_weights` of this model is
+    an error from then on, once it has been traced (`refuse_loading`).
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, by the faster of two ways that read the weights in place.
-
-    For some numbers of rows torch's own way rearranges the weights in each call. oneDNN's product
-    of weights and rows, instead of rows and weights, takes the weights as they lie and rearranges
-    the rows. `bench/serving/overhead.py` measures both beside vLLM's packed weights.
+    Args:
+        model: what vLLM has loaded under `keep_weights_live`.
     """
-    rows = x.numel() // weight.shape[1]
-    exchange = PRODUCT is not None and rows in EXCHANGED.get(weight.dtype, ())
-    if not exchange or torch.compiler.is_compiling():
-        return functional.linear(x, weight, bias)
-    flat = x.reshape(rows, -1).contiguous()
-    out = PRODUCT(weight, flat, None, "none", [], "").t()
-    out = out.contiguous() if bias is None else torch.add(out, bias).contiguous()
-    return out.view(*x.shape[:-1], -1)
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    users = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for layer in model.modules():
+        # Of these the product alone reads the weights, where they are not tied to an embedding.
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, LinearBase | ParallelLMHead) and users[id(weight)] == 1:
+            _pack(layer)
+
+
+def refuse_loading(model: torch.nn.Module) -> None:
+    """Let a model with packed weights be loaded no more: its loader knows nothing of their order.
+
+    Args:
+        model: what `load_weights` shall be an error of, if it has packed weights.
+    """
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise LayoutError(
+            "the weights of this model are packed, so vLLM's loader cannot write them in place; "
+            "load grafts, or start vLLM with worker_extension_cls="
+            "'hotgraft.serve.vllm.worker.Grafts', which leaves them as they are"
+        )
+
+    if any(Order.of(parameter) is not None for parameter in model.parameters()):
+        vars(model)["load_weights"] = refuse
+
+
+def _keep(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - vLLM's signature
+    layer.cpu_linear = functional.linear
+
+
+def _pack(layer: Any) -> None:
+    weight, product = layer.weight, vars(layer).get("cpu_linear")
+    absorbed = getattr(layer, "_cpu_skip_gemm_dispatch", False)  # vLLM reads these elsewhere
+    if product is not functional.linear or absorbed or weight.is_meta:
+        return
+    if weight.ndim != 2 or weight.dtype not in DTYPES:
+        return
+    order = _order(*weight.shape, weight.dtype)
+    if order is None:
+        return
+    packed = Packed(weight.detach())
+    if torch.equal(_bytes(order.plain(packed.memory)), _bytes(weight)):
+        weight.data = packed.memory.view(weight.shape)
+        order.put_on(weight)
+        layer.cpu_linear = packed
+
+
+@functools.lru_cache
+def _order(rows: int, columns: int, dtype: torch.dtype) -> Order | None:
+    """How oneDNN packs such matrices; None where it does not, or leaves space between."""
+    if not hasattr(MKLDNN, "_reorder_linear_weight"):
+        return None
+    down = _places(torch.arange(rows)[:, None], (rows, columns), dtype)
+    along = _places(torch.arange(columns)[None], (rows, columns), dtype)
+    if down is None or along is None:
+        return None
+    return Order(down, along - along[0])
+
+
+def _places(numbers: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    """Where the numbered elements of a matrix end when it is packed."""
+    count = numbers.numel()
+    found = np.zeros(count, np.int64)
+    at = np.zeros(0, np.int64)
+    digit = 1
+    while digit == 1 or digit < count:
+        marks = torch.zeros(shape, dtype=dtype)
+        marks[: numbers.shape[0], : numbers.shape[1]] = numbers // digit % _BASE + 1
+        memory = Packed(marks).memory
+        at = memory.nonzero().flatten().numpy()
+        if memory.numel() != marks.numel() or len(at) != count:
+            return None
+        found += (memory[at].float().numpy().astype(np.int64) - 1) * digit
+        digit *= _BASE
+    places = np.zeros(count, np.int64)
+    places[found] = at
+    return places
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def _memory(matrix: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The elements of a matrix of oneDNN's, in the order of its memory, which it keeps alive."""
+    size = int(MKLDNN._nbytes(matrix))
+
+    class Memory(ctypes.c_uint8 * size):  # type: ignore[misc]
+        pass
+
+    memory: Any = Memory.from_address(MKLDNN.data_ptr(matrix))
+    memory.matrix = matrix
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def packed_layers(model: torch.nn.Module) -> list[str]:
-    """The names of layers whose weights were packed: they compute with a copy of their own.
+    """The names of layers that compute with a packed copy of their own, not their parameters.
 
     Args:
         model: a model that vLLM has loaded.
@@ -62,5 +183,12 @@ def packed_layers(model: torch.nn.Module) -> list[str]:
     return [
         name
         for name, layer in model.named_modules()
-        if "cpu_linear" in vars(layer) and layer.cpu_linear not in (linear, functional.linear)
+        if "cpu_linear" in vars(layer)
+        and layer.cpu_linear is not functional.linear
+        and not _computes_with(layer.cpu_linear, layer.weight)
     ]
+
+
+def _computes_with(product: Any, weight: torch.Tensor) -> bool:
+    """Whether the memory that is multiplied with is the parameter's."""
+    return isinstance(product, Packed) and product.memory.data_ptr() == weight.data_ptr()

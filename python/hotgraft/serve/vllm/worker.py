@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from hotgraft.errors import LayoutError
 from hotgraft.serve.rank import Prepared, Rank
 from hotgraft.serve.ranks import Ranks, error_of
-from hotgraft.serve.vllm.live import keep_weights_live, packed_layers
+from hotgraft.serve.vllm.live import keep_weights_live, pack, packed_layers, refuse_loading
 from hotgraft.serve.vllm.steps import SkillSteps
 from hotgraft.weights import open_weights, sample
 
@@ -66,7 +66,10 @@ class SkillWorker(SkillSteps, Worker, Grafts):  # type: ignore[misc]
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and compare it with its checkpoint, tensor by tensor."""
         super().load_model(*args, **kwargs)
+        if self.vllm_config.model_config.enforce_eager:  # a compiled graph cannot hold them
+            pack(self.get_model())
         rank_of(self.get_model(), self.vllm_config)
+        refuse_loading(self.get_model())
 
     @property
     def hotgraft_live(self) -> str | None:
