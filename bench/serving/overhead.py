@@ -34,16 +34,18 @@ from torch.nn import functional
 
 SKILLS = 8
 DENSITY = 1e-3
-PROMPT = 16
-DECODES = 8
-PREFILL = 128
-BATCHES = (1, 16)
+CASES = {
+    "decode, batch 1": (1, 16, 11),
+    "decode, batch 16": (16, 16, 11),
+    "prefill of 128": (1, 128, 1),
+}
+"""Requests, tokens of a prompt, steps: a prefill and decodes."""
 LIVE = {"worker_extension_cls": "hotgraft.serve.vllm.worker.Grafts"}
 LAYERS = ((1280, 768), (768, 768), (6144, 768), (768, 3072))
 HEAD = (8192, 768)
-ROWS = (1, 2, 4, 16, 64, 256)
+ROWS = (1, 2, 4, 16, 128)
 MANY = 16
-Round = dict[str, list[float]]
+Variant = tuple[Callable[..., None], Callable[[], tuple[float, float]]]
 
 
 def main() -> None:
@@ -66,24 +68,29 @@ def main() -> None:
 
 
 def measure(folder: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """Rounds of all variants, each variant's place in a round another each time."""
+    """The same requests for all variants, which take turns after each step."""
     variants = start(folder, dtype)
-    samples: dict[str, list[Round]] = {name: [] for name in variants}
-    for number in range(-1, rounds):
-        names = [*variants]
-        at = number % len(names)
-        for name in names[at:] + names[:at]:
-            found = variants[name](number)
-            if number >= 0:
-                samples[name].append(found)
-    for what in samples["plain"][0]:
-        medians = {n: [statistics.median(each[what]) for each in s] for n, s in samples.items()}
-        print(f"{dtype} {what}:", report(medians, "plain"))
-        print(f"{dtype} {what}:", report(medians, "live"))
+    samples: dict[str, dict[str, list[float]]] = {}
+    for number in range(-1, rounds):  # the first are slower
+        for what, (batch, prompt, steps) in CASES.items():
+            for ask, _ in variants.values():
+                ask(number, batch, prompt, steps)
+            for at in range(steps):
+                names = [*variants]
+                turn = (number + at) % len(names)
+                for name in names[turn:] + names[:turn]:
+                    times = variants[name][1]()
+                    if number >= 0 and (at > 0 or steps == 1):  # not the decodes' own prefill
+                        for kind, ms in zip((what, f"scheduling, {what}"), times, strict=True):
+                            samples.setdefault(kind, {}).setdefault(name, []).append(ms)
+    for what, found in samples.items():
+        ordered = {name: found[name] for name in variants}
+        print(f"{dtype} {what}:", report(ordered, "plain"))
+        print(f"{dtype} {what}:", report(ordered, "live"))
     return [
-        {"case": "base traffic", "dtype": dtype, "variant": name, "round": i, "samples_ms": found}
-        for name, all_rounds in samples.items()
-        for i, found in enumerate(all_rounds)
+        {"case": "base traffic", "dtype": dtype, "step": what, "variant": name, "samples_ms": found}
+        for what, all_found in samples.items()
+        for name, found in all_found.items()
     ]
 
 
@@ -96,76 +103,65 @@ def report(samples: dict[str, list[float]], beside: str) -> str:
     return ", ".join(found) + f"; ratios to {beside}"
 
 
-def start(folder: Path, dtype: str) -> dict[str, Callable[[int], Round]]:
-    """For each variant what runs a round of it."""
-    import vllm.model_executor.layers.utils as layers
-    from hotgraft.serve.vllm.live import pack, packed_layers
+def start(folder: Path, dtype: str) -> dict[str, Variant]:
+    """For each variant how it is asked, and how it makes a step."""
+    from hotgraft.serve.vllm.live import keep_weights_live, pack, packed_layers
+    from vllm.model_executor.layers import utils
 
+    spawn = multiprocessing.get_context("spawn")
     os.environ["VLLM_PLUGINS"] = ""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    child = multiprocessing.get_context("spawn").Process(
-        target=_plain, args=(folder, dtype, theirs), daemon=True
-    )
-    child.start()
+    ours, theirs = spawn.Pipe()
+    spawn.Process(target=_plain, args=(folder, dtype, theirs), daemon=True).start()
     del os.environ["VLLM_PLUGINS"]
     assert ours.recv() == "ready"
 
-    def plain(number: int) -> Round:
-        ours.send(number)
-        found: Round = ours.recv()
-        return found
+    def there(*command: Any) -> Any:
+        ours.send(command)
+        return ours.recv()
 
-    dispatch = layers.dispatch_cpu_unquantized_gemm
+    dispatch = utils.dispatch_cpu_unquantized_gemm
     engines = {"installed": lab.Engine(folder / "base", dtype=dtype)}
     assert packed_layers(engines["installed"].worker.get_model())
+    keep_weights_live()
     for name, options in (("live", LIVE), ("idle", lab.OURS), ("loaded", lab.OURS)):
         engines[name] = lab.Engine(folder / "base", dtype=dtype, **options)
+    utils.dispatch_cpu_unquantized_gemm = dispatch  # for the next data type
     pack(engines["live"].worker.get_model())  # the others have done so
     for name in ("live", "idle", "loaded"):
         assert not packed_layers(engines[name].worker.get_model())
-    layers.dispatch_cpu_unquantized_gemm = dispatch  # for the next data type
     lab.load(engines["loaded"], folder)
-    rounds = {name: functools.partial(one_round, engine) for name, engine in engines.items()}
-    return {"plain": plain, **rounds}
+    return {
+        "plain": (functools.partial(there, "ask"), functools.partial(there, "step")),
+        **{name: variant(engine) for name, engine in engines.items()},
+    }
+
+
+def variant(engine: lab.Engine) -> Variant:
+    """How an engine is asked for so many answers, and makes a step: in ms, and its planning's."""
+    planning: list[float] = []
+    engine.scheduler.schedule = lab.timing(engine.scheduler.schedule, planning)
+
+    def ask(number: int, batch: int, prompt: int, tokens: int) -> None:
+        assert not engine.engine.has_unfinished_requests()
+        rng = random.Random(number)
+        for i in range(batch):
+            engine.add(f"{number}-{i}", lab.tokens(rng, prompt), tokens)
+
+    def step() -> tuple[float, float]:
+        return 1e3 * engine.step()[0], 1e3 * planning[-1]
+
+    return ask, step
 
 
 def _plain(folder: Path, dtype: str, pipe: Connection) -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory as Factory
 
-    engine = lab.Engine(folder / "base", dtype=dtype)
+    ask, step = variant(lab.Engine(folder / "base", dtype=dtype))
     assert "hotgraft" not in Factory._registry
     pipe.send("ready")
     while True:
-        pipe.send(one_round(engine, pipe.recv()))
-
-
-def one_round(engine: lab.Engine, number: int) -> Round:
-    """A prefill, and decode steps of a few batches; ms each. Every variant gets the same."""
-    rng = random.Random(number)
-    time.sleep(0.01)  # another engine's threads may still spin
-    found: Round = {}
-    plan: Any = engine.scheduler.schedule
-    planning: list[float] = []
-    engine.scheduler.schedule = lab.timing(plan, planning)
-    for batch in BATCHES:
-        for i in range(batch):
-            engine.add(f"{batch}-{i}", lab.tokens(rng, PROMPT), DECODES + 1)
-        steps = steps_of(engine)[1:]  # the first is the prefill
-        assert len(steps) == DECODES, len(steps)
-        found[f"decode, batch {batch}"] = steps
-        found[f"schedule, batch {batch}"] = [1e3 * s for s in planning[-DECODES:]]
-    engine.scheduler.schedule = plan
-    engine.add("prefill", lab.tokens(rng, PREFILL), 1)
-    found[f"prefill of {PREFILL}"] = steps_of(engine)
-    return found
-
-
-def steps_of(engine: lab.Engine) -> list[float]:
-    """The steps until all is done, in ms."""
-    found = []
-    while engine.engine.has_unfinished_requests():
-        found.append(1e3 * engine.step()[0])
-    return found
+        what, *args = pipe.recv()
+        pipe.send({"ask": ask, "step": step}[what](*args))
 
 
 def kernels(dtype: str) -> list[dict[str, Any]]:
@@ -177,7 +173,7 @@ def kernels(dtype: str) -> list[dict[str, Any]]:
     current_platform.import_kernels()
     weights = [(torch.randn(s) * 0.02).to(getattr(torch, dtype)) for s in (*LAYERS * 12, HEAD)]
     packed = [ops.create_onednn_mm(weight.t(), 32) for weight in weights]
-    live = [(Packed(weight), weight) for weight in weights]
+    live = [(Packed.of(weight), weight) for weight in weights]
     rows = []
     for count in ROWS:
         x = {k: torch.randn(count, k).to(weights[0].dtype) for k in (768, 3072)}

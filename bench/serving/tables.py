@@ -35,11 +35,10 @@ def linears(rows: Rows) -> Iterable[str]:
 
 
 def base(rows: Rows) -> Iterable[str]:
-    """Base-model traffic, each round's medians in pairs."""
+    """Base-model traffic, steps in pairs."""
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in of(rows, "base traffic"):
-        for what, samples in row["samples_ms"].items():
-            found[row["dtype"], what][row["variant"]].append(median(samples))
+        found[row["dtype"], row["step"]][row["variant"]] += row["samples_ms"]
     shares = [f"{name} / plain" for name in VARIANTS[1:]]
     yield from head("type", "step", "plain", *shares, "idle / live", "loaded / live")
     for (dtype, what), each in found.items():

@@ -146,7 +146,8 @@ def test_packed_weights_are_computed_with_as_they_are_at_the_moment(
     from hotgraft.serve.vllm.live import Packed
 
     x, weight, bias = (torch.randn(s).to(dtype) for s in (shape, (64, 96), (64,)))
-    packed = Packed(weight)
+    packed = Packed.of(weight)
+    assert packed is not None
     error = 1e-4 if dtype == torch.float32 else 0.02
     for _ in range(2):
         for more in (None, bias):
@@ -159,7 +160,7 @@ def test_packed_weights_are_computed_with_as_they_are_at_the_moment(
 def test_memory_outlives_who_packed_it() -> None:
     from hotgraft.serve.vllm.live import Packed
 
-    memory = Packed(torch.full((64, 96), 3.0)).memory
-    others = [Packed(torch.zeros(64, 96)) for _ in range(8)]
+    memory = Packed.of(torch.full((64, 96), 3.0)).memory
+    others = [Packed.of(torch.zeros(64, 96)) for _ in range(8)]
     assert (memory == 3).all()
     assert len(others) == 8

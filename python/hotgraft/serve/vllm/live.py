@@ -28,21 +28,37 @@ MKLDNN: Any = torch.ops.mkldnn
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = 16
 """How many rows oneDNN is told to pack for. Any number can be multiplied then."""
+FEW = 4
+"""Fewer bf16 rows than this are faster by torch's own product, where that can read the matrix."""
 
 _BASE = 255  # digits of numbers that all data types can tell apart
 
 
 class Packed:
-    """The product with a matrix that oneDNN has packed.
+    """The product with a matrix that oneDNN has packed; make one with `of`."""
 
-    Args:
-        weight: the matrix; it is copied.
-    """
+    def __init__(self, weight: torch.Tensor, order: Order) -> None:
+        self._matrix, self.memory = _packed(weight)
+        """What it computes with: writing into the memory changes the matrix."""
+        self.order = order
+        self._strided = order.view(self.memory) if weight.dtype == torch.bfloat16 else None
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._matrix: Any = MKLDNN._reorder_linear_weight(weight, ROWS)
-        self.memory = _memory(self._matrix, weight.dtype)
-        """What it computes with. Writing into this changes the matrix."""
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Packed | None:
+        """Pack a copy of a matrix; None where oneDNN is not there, or leaves gaps in its memory.
+
+        Args:
+            weight: float32 or bfloat16[outputs, inputs].
+        """
+        if weight.ndim != 2 or weight.dtype not in DTYPES or not _can_pack():
+            return None
+        order = _order(*weight.shape, weight.dtype)
+        found = None if order is None else cls(weight, order)
+        if found is None or not torch.equal(
+            _bytes(found.order.plain(found.memory)), _bytes(weight)
+        ):
+            return None
+        return found
 
     def __call__(
         self,
@@ -51,6 +67,8 @@ class Packed:
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """As `torch.nn.functional.linear`."""
+        if self._strided is not None and x.numel() < FEW * x.shape[-1]:
+            return functional.linear(x, self._strided, bias)
         found: torch.Tensor = MKLDNN._linear_pointwise(x, self._matrix, bias, "none", [], "")
         return found
 
@@ -114,23 +132,20 @@ def _pack(layer: Any) -> None:
     absorbed = getattr(layer, "_cpu_skip_gemm_dispatch", False)  # vLLM reads these elsewhere
     if product is not functional.linear or absorbed or weight.is_meta:
         return
-    if weight.ndim != 2 or weight.dtype not in DTYPES:
-        return
-    order = _order(*weight.shape, weight.dtype)
-    if order is None:
-        return
-    packed = Packed(weight.detach())
-    if torch.equal(_bytes(order.plain(packed.memory)), _bytes(weight)):
+    packed = Packed.of(weight.detach())
+    if packed is not None:
         weight.data = packed.memory.view(weight.shape)
-        order.put_on(weight)
+        packed.order.put_on(weight)
         layer.cpu_linear = packed
+
+
+def _can_pack() -> bool:
+    return hasattr(MKLDNN, "_reorder_linear_weight")  # not in every build of torch
 
 
 @functools.lru_cache
 def _order(rows: int, columns: int, dtype: torch.dtype) -> Order | None:
-    """How oneDNN packs such matrices; None where it does not, or leaves space between."""
-    if not hasattr(MKLDNN, "_reorder_linear_weight"):
-        return None
+    """How oneDNN packs such matrices; None where it leaves gaps."""
     down = _places(torch.arange(rows)[:, None], (rows, columns), dtype)
     along = _places(torch.arange(columns)[None], (rows, columns), dtype)
     if down is None or along is None:
@@ -147,7 +162,7 @@ def _places(numbers: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -
     while digit == 1 or digit < count:
         marks = torch.zeros(shape, dtype=dtype)
         marks[: numbers.shape[0], : numbers.shape[1]] = numbers // digit % _BASE + 1
-        memory = Packed(marks).memory
+        _, memory = _packed(marks)
         at = memory.nonzero().flatten().numpy()
         if memory.numel() != marks.numel() or len(at) != count:
             return None
@@ -162,8 +177,9 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(torch.uint8)
 
 
-def _memory(matrix: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The elements of a matrix of oneDNN's, in the order of its memory, which it keeps alive."""
+def _packed(weight: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """A matrix of oneDNN's, and its elements in the order of its memory, which they keep alive."""
+    matrix: Any = MKLDNN._reorder_linear_weight(weight, ROWS)
     size = int(MKLDNN._nbytes(matrix))
 
     class Memory(ctypes.c_uint8 * size):  # type: ignore[misc]
@@ -171,7 +187,7 @@ def _memory(matrix: Any, dtype: torch.dtype) -> torch.Tensor:
 
     memory: Any = Memory.from_address(MKLDNN.data_ptr(matrix))
     memory.matrix = matrix
-    return torch.frombuffer(memory, dtype=dtype)
+    return matrix, torch.frombuffer(memory, dtype=weight.dtype)
 
 
 def packed_layers(model: torch.nn.Module) -> list[str]:
