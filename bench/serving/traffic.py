@@ -119,11 +119,14 @@ class Run:
         self.tokens = sum(tokens for _, _, tokens, _ in asked)
         self.answered = 0
         self.steps: list[float] = []
+        self.seconds = 0.0
+        self._began: float | None = None
         self.waited: list[float] = []
         self.switching: list[float] = []
         self._engine = engine
         scheduler, worker = engine.scheduler, engine.worker
         scheduler._turns.rules = rules
+        scheduler._clock = self.clock  # the time that other engines take is not its own
         self.counters = scheduler.counters = type(scheduler.counters)()
         count_wait = self.counters.count_wait
         self.counters.count_wait = lambda wait: (self.waited.append(wait), count_wait(wait))
@@ -140,17 +143,24 @@ class Run:
 
     def step(self) -> None:
         """One step; a client that has its answer sends its next request."""
-        begin = time.perf_counter()
+        self._began = time.perf_counter()
         answers = self._engine.step()[1]
         for _ in answers:
             if (request := next(self._coming, None)) is not None:
                 self._engine.add(*request)
-        self.steps.append(time.perf_counter() - begin)
         self.answered += len(answers)
+        self.steps.append(time.perf_counter() - self._began)
+        self.seconds += self.steps[-1]
+        self._began = None
+
+    def clock(self) -> float:
+        """The seconds of its own steps so far."""
+        current = 0.0 if self._began is None else time.perf_counter() - self._began
+        return self.seconds + current
 
     def row(self) -> Row:
         """What was measured."""
-        seconds, bound = sum(self.steps), wait_bound(self.rules, self.skills, max(self.steps))
+        seconds, bound = self.seconds, wait_bound(self.rules, self.skills, max(self.steps))
         print(
             f"{self.skills} skills, {self.rules}: {self.tokens / seconds:.1f} tokens/s, "
             f"{len(self.steps)} steps of {1e3 * statistics.median(self.steps):.1f} ms, "
