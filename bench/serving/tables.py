@@ -20,8 +20,10 @@ VARIANTS = ("plain", "installed", "live", "idle", "loaded")
 def main() -> None:
     """Print all that there are rows for."""
     rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    for show in (linears, base, shuffled, bursts, waits):
-        print("\n".join(show(rows)), end="\n\n")
+    cases = {row.get("case") for row in rows}
+    for show, case in TABLES.items():
+        if case in cases:
+            print("\n".join(show(rows)), end="\n\n")
 
 
 def linears(rows: Rows) -> Iterable[str]:
@@ -91,6 +93,15 @@ def waits(rows: Rows) -> Iterable[str]:
             times = max(row["steps_ms"]) / 1e3, percentile(waited, 99), waited[-1]
             cells = [f"{seconds:.2f} s" for seconds in (*times, row["bound_seconds"])]
             yield line(row["case"], row["quantum"], limit, *cells)
+
+
+TABLES = {
+    linears: "linears",
+    base: "base traffic",
+    shuffled: "shuffled",
+    bursts: "burst",
+    waits: "waits",
+}
 
 
 def switches(runs: Rows) -> str:
