@@ -78,10 +78,3 @@ def test_an_order_that_is_not_the_matrixs_is_seen(server):
         found.verify(weights)
     with pytest.raises(LayoutError, match="holds other bits"):
         found.place(hotgraft.diff(state, {n: t + 1 for n, t in state.items()}), model)
-
-
-def test_views_are_of_matrices_with_strides_only():
-    memory = torch.arange(24.0)
-    transposed = Order(np.arange(4), np.arange(6) * 4)
-    assert torch.equal(transposed.view(memory), transposed.plain(memory.view(4, 6)))
-    assert blocked(8, 3).view(memory) is None

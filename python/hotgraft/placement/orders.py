@@ -45,14 +45,6 @@ class Order(NamedTuple):
         found: Offsets = self.rows[row] + self.columns[column]
         return found
 
-    def view(self, memory: torch.Tensor) -> torch.Tensor | None:
-        """The matrix as a view of its memory; None where no strides say where elements lie."""
-        steps = [np.unique(np.diff(places)) for places in self]
-        if any(len(step) > 1 for step in steps):
-            return None
-        strides = [int(step[0]) if len(step) else 1 for step in steps]
-        return memory.as_strided((len(self.rows), len(self.columns)), strides)
-
     def plain(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the parameter as it was loaded."""
         flat = tensor.detach().reshape(-1)

@@ -28,8 +28,6 @@ MKLDNN: Any = torch.ops.mkldnn
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = 16
 """How many rows oneDNN is told to pack for. Any number can be multiplied then."""
-FEW = (2, 3)
-"""So many bf16 rows are faster by torch's own product, where that can read the packed matrix."""
 
 _BASE = 255  # digits of numbers that all data types can tell apart
 
@@ -41,7 +39,6 @@ class Packed:
         self._matrix, self.memory = _packed(weight)
         """What it computes with: writing into the memory changes the matrix."""
         self.order = order
-        self._strided = order.view(self.memory) if weight.dtype == torch.bfloat16 else None
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Packed | None:
@@ -67,8 +64,6 @@ class Packed:
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """As `torch.nn.functional.linear`."""
-        if self._strided is not None and x.numel() // x.shape[-1] in FEW:
-            return functional.linear(x, self._strided, bias)
         found: torch.Tensor = MKLDNN._linear_pointwise(x, self._matrix, bias, "none", [], "")
         return found
 
