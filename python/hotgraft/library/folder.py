@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hotgraft import files
 from hotgraft.errors import HotgraftError, SkillInUseError, UnknownSkillError
-from hotgraft.library.shelf import Volume
+from hotgraft.library.shelf import Signature, Volume
 
 if TYPE_CHECKING:
     from hotgraft.library.library import Library
 
 ENDING = ".graft.safetensors"
+"""Of graft files; what stands before it is the skill's name."""
 log = logging.getLogger("hotgraft.library")
 
 
@@ -58,7 +59,7 @@ class Folder:
 
     def _scan(self) -> Changes:
         with os.scandir(self.path) as found:
-            paths = {e.name.removesuffix(ENDING): Path(e.path) for e in found if _is_skill(e)}
+            paths = {e.name.removesuffix(ENDING): Path(e.path) for e in found if is_skill(e)}
         changes: dict[str, list[str]] = {what: [] for what in Changes._fields[:-1]}
         failed: dict[str, HotgraftError | OSError] = {}
         for name, path in sorted(paths.items()):
@@ -133,11 +134,12 @@ def described(path: Path) -> Volume:
     return Volume(name, path, files.stated_id(path), signature[0], signature)
 
 
-def signature_of(path: Path) -> tuple[int, int, int]:
+def signature_of(path: Path) -> Signature:
     """What changes when a file is replaced."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _is_skill(entry: os.DirEntry[str]) -> bool:
+def is_skill(entry: os.DirEntry[str]) -> bool:
+    """Whether it is called and kept like a graft's file."""
     return entry.name.endswith(ENDING) and not entry.name.startswith(".") and entry.is_file()

@@ -12,7 +12,10 @@ from pathlib import Path
 from hotgraft.errors import LibraryFullError, SkillInUseError, UnknownSkillError
 from hotgraft.graft import Graft
 from hotgraft.host import Host, Skill
+from hotgraft.library.budget import Budget
 
+Signature = tuple[int, int, int]
+"""What changes when a file is replaced."""
 A_TENSOR = 256
 """Bytes that a loaded skill takes for each tensor, beside its arrays: an estimate."""
 
@@ -26,7 +29,7 @@ class Volume:
     """None for one that was added as a graft, which stays in memory."""
     id: str
     file_nbytes: int
-    signature: tuple[int, int, int] | None = None
+    signature: Signature | None = None
     """Of its file, as it was when it was added."""
     graft: Graft | None = None
     loaded: Skill | None = None
@@ -65,20 +68,23 @@ class Shelf:
         load: Callable[..., Skill],
     ) -> None:
         self._host = host
-        self._budget, self._memory_budget = budget, memory_budget
+        self._budget: Budget[Volume] = Budget(budget)  # of what is loaded
+        self._memory_budget = memory_budget
         self._lock = lock
         self._load_into_host = load
-        self._loaded: OrderedDict[Volume, None] = OrderedDict()  # the last used come last
-        self._warm: OrderedDict[Volume, None] = OrderedDict()  # in memory only, likewise
-        self.nbytes = 0
-        """Of what is loaded or being loaded."""
+        self._warm: OrderedDict[Volume, None] = OrderedDict()  # in memory; the last used come last
         self.memory_nbytes = 0
         self.evictions = 0
         self._factor = 1.0
         """What a loaded skill takes of its graft's bytes: on a GPU it has them twice."""
 
     def __len__(self) -> int:
-        return len(self._loaded)
+        return len(self._budget)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is loaded or being loaded."""
+        return self._budget.nbytes
 
     def touch(self, volume: Volume) -> bool:
         """It is used now, if it is loaded. The host may have unloaded it: `adopt`, `detach`."""
@@ -86,7 +92,7 @@ class Shelf:
             self.forget(volume)
         if volume.loaded is None:
             return False
-        self._loaded.move_to_end(volume)
+        self._budget.touch(volume)
         return True
 
     def load(self, volume: Volume, graft: Graft) -> None:
@@ -102,26 +108,26 @@ class Shelf:
         with self._lock:
             self.forget(volume)
             self._make_room(volume, wanted)
-            self.nbytes += wanted  # so that nobody else takes it meanwhile
+            self._budget.nbytes += wanted  # so that nobody else takes it meanwhile
         try:
             loaded = self._load_into_host(graft, name=volume.name)
         except BaseException:
             with self._lock:
-                self.nbytes -= wanted
+                self._budget.nbytes -= wanted
             raise
         with self._lock:
             volume.loaded, volume.id = loaded, graft.id
             volume.nbytes = max(loaded.nbytes, graft.nbytes + tensors)
-            self.nbytes += volume.nbytes - wanted
+            self._budget.nbytes -= wanted
             self._factor = max(1.0, (loaded.nbytes - tensors) / graft.nbytes)
             volume.coming, volume.begun = None, False
             if volume.path is None or self._memory_budget:
                 volume.graft = graft
             try:
-                self._make_room(volume, 0)  # it can take more than was thought
+                self._make_room(volume, volume.nbytes)  # it can take more than was thought
             finally:
-                self._loaded[volume] = None
-                if self.nbytes > self._budget:
+                self._budget.put(volume, volume.nbytes)
+                if not self._budget.fits(0):
                     self.forget(volume)
 
     def forget(self, volume: Volume) -> None:
@@ -137,7 +143,7 @@ class Shelf:
 
     def clear(self) -> None:
         """Unload all that is neither live nor leased."""
-        for volume in tuple(self._loaded):
+        for volume in self._budget.all():
             if not volume.leases:
                 with contextlib.suppress(SkillInUseError):
                     self.forget(volume)
@@ -147,21 +153,21 @@ class Shelf:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _make_room(self, volume: Volume, wanted: int) -> None:
-        in_use = self._host.in_use
-        idle = [v for v in self._loaded if not (v.leases or v.pinned or in_use(v.name))]
-        if self.nbytes + wanted - sum(v.nbytes for v in idle) <= self._budget:
-            for victim in idle:
-                if self.nbytes + wanted <= self._budget:
-                    return
-                with contextlib.suppress(SkillInUseError):  # live by now
-                    self._take_out(victim)
-                    self.evictions += 1
-                    self._keep_warm(victim)
-        if self.nbytes + wanted > self._budget:
+        def may_go(kept: Volume) -> bool:
+            return not (kept.leases or kept.pinned or self._host.in_use(kept.name))
+
+        for victim in self._budget.candidates(wanted, may_go):
+            if self._budget.fits(wanted):
+                return
+            with contextlib.suppress(SkillInUseError):  # live by now
+                self._take_out(victim)
+                self.evictions += 1
+                self._keep_warm(victim)
+        if not self._budget.fits(wanted):
             raise LibraryFullError(
-                f"{volume.name!r} takes {wanted or volume.nbytes:,} bytes, and of the "
-                f"{self._budget:,} for loaded skills too many are taken by those that are live, "
-                "leased, pinned or being loaded: unpin some, or give the library more"
+                f"{volume.name!r} takes {wanted:,} bytes, and of the {self._budget.limit:,} for "
+                "loaded skills too many are taken by those that are live, leased, pinned or being "
+                "loaded: unpin some, or give the library more"
             )
 
     def _take_out(self, volume: Volume) -> None:
@@ -169,9 +175,8 @@ class Shelf:
         if self._host.has(volume.loaded):
             with contextlib.suppress(UnknownSkillError):  # gone just now
                 self._host.unload(volume.name)
-        self.nbytes -= volume.nbytes
+        self._budget.remove(volume)
         volume.loaded, volume.nbytes = None, 0
-        del self._loaded[volume]
 
     def _keep_warm(self, volume: Volume) -> None:
         """Keep an evicted skill's graft, as far as that may be."""
