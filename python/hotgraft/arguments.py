@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +58,22 @@ def weights_for(text: str | None, paths: Sequence[Path]) -> list[float] | None:
             f"{len(weights)} weights for {len(paths)} grafts", param_hint="--weights"
         )
     return weights
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(text: str) -> int:
+    """A number of bytes.
+
+    Example:
+        >>> size("1.5GiB")
+        1610612736
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", text.strip())
+    if not found or found[2].upper() not in _UNITS or not (n := float(found[1])):
+        raise typer.BadParameter(f"{text!r} is no size, such as 512MiB or 2GiB")
+    return int(n * _UNITS[found[2].upper()])
 
 
 def given_path(text: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hotgraft.arguments import size
 from hotgraft.console import Output
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -24,6 +25,14 @@ def serve(
             metavar="DIR", exists=True, file_okay=False, help="The folder of *.graft.safetensors."
         ),
     ],
+    resident: Annotated[
+        int,
+        typer.Option(
+            metavar="SIZE",
+            parser=size,
+            help="Memory for loaded skills, on all ranks together; the others stay on disk.",
+        ),
+    ] = "2GiB",  # type: ignore[assignment]  # typer parses it
     watch: Annotated[
         bool, typer.Option("--watch", help="Keep up with files that come, change and go.")
     ] = False,
@@ -32,7 +41,7 @@ def serve(
         typer.Option(
             envvar="HOTGRAFT_ADMIN_KEY",
             show_envvar=True,
-            help="Let requests with this key load and unload skills.",
+            help="Let requests with this key load, pin and unload skills.",
         ),
     ] = None,
     quantum: Annotated[
@@ -57,7 +66,7 @@ def serve(
             raise _not_there(error) from error
         given = {"quantum": quantum, "max_wait": max_wait}
         rules = {name: value for name, value in given.items() if value is not None}
-        settings = server.Settings(skills.absolute(), watch, admin_key, rules)
+        settings = server.Settings(skills.absolute(), resident, watch, admin_key, rules)
         server.serve(server.parse(model, context.args, settings), settings)
 
 

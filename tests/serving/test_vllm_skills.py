@@ -1,68 +1,17 @@
-"""The skills of a server as its API process keeps them: what may happen at once, and what fails."""
+"""The skills of a server as its API process keeps them: what comes and goes, and what fails."""
 
 import asyncio
 import contextlib
-import io
-import json
-import threading
 
 import pytest
 
 pytest.importorskip("prometheus_client")
 
 from hotgraft.errors import FormatError, HotgraftError, SkillInUseError, UnknownSkillError
-from hotgraft.serve.ranks import Loaded
+from hotgraft.library.folder import ENDING
 from hotgraft.serve.vllm import metrics
 from hotgraft.serve.vllm.metrics import Events, Metrics
-from hotgraft.serve.vllm.skills import SUFFIX, Skills
-
-
-class Toy:
-    """Ranks and a scheduler that do what they are told."""
-
-    def __init__(self, folder):
-        self.loaded, self.known, self.failing = {}, {}, set()
-        self.go = threading.Event()
-        self.go.set()
-        self.log = io.StringIO()
-        self.skills = Skills(
-            self, self.scheduler, folder, lambda name: name == "base", Events(self.log)
-        )
-
-    def load(self, name, path, *, cast=False):
-        assert not cast
-        self.go.wait()
-        text = path.read_text()
-        if text == "corrupt":
-            raise FormatError("it is corrupt")
-        assert name not in self.loaded
-        self.loaded[name] = text
-        return Loaded(name, text, len(text), 8 * len(text))
-
-    def unload(self, name):
-        self._fail("unload")
-        del self.loaded[name]
-
-    async def scheduler(self, method, name, *rest):
-        self._fail(method)
-        if method == "set":
-            self.known[name] = rest[0]
-            return None
-        del self.known[name]
-        return 0
-
-    def _fail(self, method):
-        if method in self.failing:
-            raise HotgraftError(f"{method} fails")
-
-    def events(self, event):
-        lines = map(json.loads, self.log.getvalue().splitlines())
-        return [line for line in lines if line["event"] == event]
-
-    def consistent(self):
-        """Whether all three agree on what there is."""
-        digests = {skill.name: skill.digest for skill in self.skills.all()}
-        return digests == self.loaded == self.known
+from skill_toys import SIZE, Toy, digest, load, outputs
 
 
 @pytest.fixture
@@ -70,30 +19,18 @@ def toy(tmp_path):
     return Toy(tmp_path)
 
 
-def write(toy, **texts):
-    for name, text in texts.items():
-        (toy.skills.folder / f"{name}{SUFFIX}").write_text(text)
-
-
-def load(toy, name):
-    return toy.skills.load(name, toy.skills.find(name))
-
-
-async def outputs(count):
-    for i in range(count):
-        await asyncio.sleep(0)
-        yield i
-
-
 def test_load_and_unload(toy):
     async def run():
-        write(toy, sql="aa")
+        toy.write(sql="aa")
         skill = await load(toy, "sql")
-        assert (skill.digest, skill.entries, skill.nbytes) == ("aa", 2, 16)
+        assert (skill.digest, skill.entries, skill.nbytes) == (digest("aa"), 7, SIZE)
         assert toy.consistent()
         await toy.skills.unload("sql")
         assert toy.consistent()
         assert not toy.loaded
+        assert "sql" not in toy.skills
+        with pytest.raises(UnknownSkillError):
+            await toy.skills.unload("sql")
 
     asyncio.run(run())
     assert [line["skill"] for line in toy.events("load") + toy.events("unload")] == ["sql"] * 2
@@ -101,18 +38,24 @@ def test_load_and_unload(toy):
 
 def test_a_name_is_taken_while_it_comes_and_goes(toy):
     async def run():
-        write(toy, sql="aa")
+        toy.write(sql="aa", other="bb")
         toy.go.clear()
         coming = asyncio.ensure_future(load(toy, "sql"))
         await asyncio.sleep(0)
-        for refused in (load(toy, "sql"), toy.skills.unload("sql")):
-            with pytest.raises(SkillInUseError):
-                await refused
-        assert "sql" not in toy.skills
+        for _ in range(2):  # while its header is read, and while it is loaded
+            for refused in (load(toy, "sql"), toy.skills.unload("sql")):
+                with pytest.raises((SkillInUseError, UnknownSkillError)):
+                    await refused
+            while not toy.order:
+                await asyncio.sleep(0.001)
+        with pytest.raises(SkillInUseError, match="being loaded"):
+            await toy.skills.unload("sql", abort=True)
         toy.go.set()
         await coming
-        with pytest.raises(SkillInUseError):
+        with pytest.raises(SkillInUseError, match="loaded already"):
             await load(toy, "sql")
+        with pytest.raises(SkillInUseError, match="from 'sql"):
+            await toy.skills.load("sql", toy.skills.find("other"))
         assert toy.consistent()
 
     asyncio.run(run())
@@ -120,7 +63,7 @@ def test_a_name_is_taken_while_it_comes_and_goes(toy):
 
 def test_a_caller_that_goes_away_leaves_nothing_half_done(toy):
     async def run():
-        write(toy, sql="aa")
+        toy.write(sql="aa")
         toy.go.clear()
         coming = asyncio.ensure_future(load(toy, "sql"))
         await asyncio.sleep(0)
@@ -128,26 +71,28 @@ def test_a_caller_that_goes_away_leaves_nothing_half_done(toy):
         with pytest.raises(asyncio.CancelledError):
             await coming
         toy.go.set()
-        while "sql" not in toy.skills:
+        while not toy.loaded:
             await asyncio.sleep(0.01)
+        await toy.idle()
         assert toy.consistent()
+        assert toy.skills["sql"].requests == 0
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("failing", ["set", "drop", "unload"])
+@pytest.mark.parametrize("failing", ["load", "set", "drop", "unload"])
 def test_a_failure_on_one_side_is_undone_on_the_other(toy, failing):
     async def run():
-        write(toy, sql="aa")
+        toy.write(sql="aa")
         toy.failing = {failing}
         with contextlib.suppress(HotgraftError):
             await load(toy, "sql")
             await toy.skills.unload("sql")
         assert toy.events("refusal")[0]["why"] == f"{failing} fails"
         assert toy.consistent()
-        assert ("sql" in toy.skills) == (failing != "set")
+        assert ("sql" in toy.skills) == (failing in ("drop", "unload"))
         toy.failing = set()
-        if failing == "set":
+        if failing in ("load", "set"):
             await load(toy, "sql")
         await toy.skills.unload("sql")
         assert toy.consistent()
@@ -157,82 +102,158 @@ def test_a_failure_on_one_side_is_undone_on_the_other(toy, failing):
 
 def test_a_skill_is_in_use_until_its_outputs_end_or_are_left(toy):
     async def run():
-        write(toy, sql="aa")
+        toy.write(sql="aa")
         skill = await load(toy, "sql")
         for left in (False, True):
-            reading = toy.skills.serving(skill, outputs(3))
+            reading = toy.skills.serving(toy.skills.lease(skill), outputs(3))
             assert await anext(reading) == 0
-            assert toy.skills.requests(skill) == 1
+            assert skill.requests == 1
             with pytest.raises(SkillInUseError, match="1 requests"):
                 await toy.skills.unload("sql")
             if left:
                 await reading.aclose()
             else:
                 assert [output async for output in reading] == [1, 2]
-            assert toy.skills.requests(skill) == 0
-        late = toy.skills.serving(skill, outputs(3))
+            assert skill.requests == 0
+        late = toy.skills.serving(toy.skills.lease(skill), outputs(3))
         await toy.skills.unload("sql")
         await load(toy, "sql")
         with pytest.raises(UnknownSkillError):
             await anext(late)
+        assert toy.consistent()
+
+    asyncio.run(run())
+
+
+def test_one_request_may_ask_the_engine_often(toy):
+    async def run():
+        toy.write(sql="aa")
+        with toy.skills.lease(await load(toy, "sql")) as lease:
+            for _ in range(3):
+                reading = toy.skills.serving(lease, outputs(2))
+                assert [output async for output in reading] == [0, 1]
+                assert toy.skills["sql"].requests == 1
+        assert toy.skills["sql"].requests == 0
 
     asyncio.run(run())
 
 
 def test_aborting(toy):
     async def run():
-        write(toy, sql="aa")
-        reading = toy.skills.serving(await load(toy, "sql"), outputs(3))
+        toy.write(sql="aa")
+        lease = toy.skills.lease(await load(toy, "sql"))
+        reading = toy.skills.serving(lease, outputs(3))
         await anext(reading)
         await toy.skills.unload("sql", abort=True)
         assert toy.consistent()
+        toy.write(sql="bb")
+        await load(toy, "sql")
+        with pytest.raises(UnknownSkillError):  # the rest of a request would be by other weights
+            await anext(toy.skills.serving(lease, outputs(3)))
         assert [output async for output in reading] == [1, 2]
+        assert toy.consistent()
 
     asyncio.run(run())
+    assert toy.events("unload")[0]["aborted"] == 1
 
 
 def test_a_folder_is_kept_up_with(toy):
+    def names():
+        return {name: skill.digest[:2] for name, skill in toy.skills.items()}
+
     async def run():
-        write(toy, sql="aa", french="bb", broken="corrupt", base="cc")
-        (toy.skills.folder / "notes.txt").write_text("no skill")
+        toy.write(sql="aa", french="bb", base="cc")
+        toy.write("corrupt", broken="dd")
+        folder = toy.skills.folder
+        (folder / "notes.txt").write_text("no skill")
+        (folder / f"text{ENDING}").write_text("no skill either, and it is long enough")
         for _ in range(2):  # and each bad file is reported once
             await toy.skills.scan()
-            assert toy.loaded == {"sql": "aa", "french": "bb"}
+            assert names() == {"sql": "aa", "french": "bb", "broken": "dd"}
+            assert not toy.loaded
             assert {x["skill"]: x["kind"] for x in toy.events("refusal")} == {
-                "broken": "FormatError",
+                "text": "FormatError",
                 "base": "HotgraftError",
             }
             assert len(toy.events("refusal")) == 2
-        reading = toy.skills.serving(toy.skills["sql"], outputs(9))
+        lease = toy.skills.lease(toy.skills["sql"])
+        reading = toy.skills.serving(lease, outputs(9))
         await anext(reading)
-        write(toy, sql="aaaa", broken="dddd")
+        toy.write(sql="ee", broken="ff")
         toy.skills.find("french").unlink()
         await toy.skills.scan()
-        assert toy.loaded == {"sql": "aa", "broken": "dddd"}  # one is in use
+        assert names() == {"sql": "aa", "broken": "ff"}  # one is in use
+        assert await toy.use("sql") == digest("aa")
         await reading.aclose()
+        assert await toy.use("broken") == digest("ff")
         await toy.skills.scan()
-        assert toy.loaded == {"sql": "aaaa", "broken": "dddd"}
+        assert names() == {"sql": "ee", "broken": "ff"}
+        assert await toy.use("sql") == digest("ee")
         await toy.skills.unload("broken")
         await toy.skills.scan()
-        assert toy.loaded == {"sql": "aaaa"}  # somebody unloaded it, so it does not come back
-        write(toy, broken="eeeeee", french="ff")
+        assert names() == {"sql": "ee"}  # somebody unloaded it, so it does not come back
+        toy.write(broken="bc", french="cd")
         await toy.skills.scan()
-        assert toy.loaded == {"sql": "aaaa", "broken": "eeeeee", "french": "ff"}
+        assert names() == {"sql": "ee", "broken": "bc", "french": "cd"}
+        (folder / f"french{ENDING}").write_text("no skill any more, and it is long enough")
+        await toy.skills.scan()
+        assert names() == {"sql": "ee", "broken": "bc"}
+        assert toy.consistent()
+
+    asyncio.run(run())
+    assert [line["added"] for line in toy.events("scan")] == [3, 0, 0, 2, 0]
+
+
+def test_a_file_that_was_replaced_is_loaded_when_its_skill_is_idle(toy):
+    async def run():
+        toy.write(sql="aa", pinned="aa")
+        await toy.skills.scan()
+        await toy.skills.pin("pinned")
+        with toy.skills.lease(toy.skills["sql"]) as lease:
+            await lease.ready()
+            toy.write(sql="bb", pinned="bb")
+            await toy.skills.scan()
+            assert await toy.use("sql") == digest("aa")
+            await toy.idle()
+            assert toy.loaded == {"sql": digest("aa"), "pinned": digest("bb")}
+        assert await toy.use("sql") == digest("bb")  # before anybody looks at the folder again
+        toy.write(sql="cc")
+        await toy.skills.scan()
+        assert toy.skills["sql"].digest == digest("cc")
+        assert "sql" not in toy.loaded
+        # One that was replaced since the last look is loaded as it is, and says so.
+        toy.write(sql="dd")
+        assert await toy.use("sql") == digest("dd")
+        await toy.skills.scan()
         assert toy.consistent()
 
     asyncio.run(run())
 
 
 def test_only_files_of_the_folder_are_found(toy, tmp_path):
-    (tmp_path.parent / f"outside{SUFFIX}").write_text("aa")
-    (tmp_path / f"link{SUFFIX}").symlink_to(tmp_path.parent / f"outside{SUFFIX}")
-    for name, file in [("../outside", None), ("x", f"../outside{SUFFIX}"), ("link", None)]:
+    (tmp_path.parent / f"outside{ENDING}").write_text("aa")
+    (tmp_path / f"link{ENDING}").symlink_to(tmp_path.parent / f"outside{ENDING}")
+    for name, file in [("../outside", None), ("x", f"../outside{ENDING}"), ("link", None)]:
         with pytest.raises(HotgraftError, match="outside"):
             toy.skills.find(name, file)
     with pytest.raises(HotgraftError, match="outside"):
-        toy.skills.find("x", str(tmp_path.parent / f"outside{SUFFIX}"))
+        toy.skills.find("x", str(tmp_path.parent / f"outside{ENDING}"))
     with pytest.raises(FileNotFoundError):
         toy.skills.find("nowhere")
+
+
+def test_a_load_by_request_that_fails_changes_nothing(toy):
+    async def run():
+        toy.write("corrupt", broken="aa")
+        with pytest.raises(FormatError):
+            await load(toy, "broken")
+        assert "broken" not in toy.skills
+        await toy.skills.scan()
+        with pytest.raises(FormatError):
+            await load(toy, "broken")
+        assert "broken" in toy.skills  # as before
+
+    asyncio.run(run())
 
 
 COUNTERS = {
@@ -252,6 +273,10 @@ def test_metrics_and_the_summary(toy, monkeypatch):
         return COUNTERS, RANKS
 
     async def run():
+        toy.write(sql="aa", french="bb")
+        await toy.skills.scan()
+        for _ in range(3):
+            await toy.use("sql")
         events = Events(toy.log)
         found = Metrics(toy.skills, events, ask)
         assert found.describe() == []
@@ -269,3 +294,8 @@ def test_metrics_and_the_summary(toy, monkeypatch):
     assert toy.events("refusal")[0]["what"] == "metrics"
     assert values["hotgraft_switches_total"] == values["hotgraft_switch_seconds_count"] == 3
     assert values["hotgraft_wait_seconds_count"] == 5
+    assert (values["hotgraft_known_skills"], values["hotgraft_loaded_skills"]) == (2, 1)
+    assert values["hotgraft_resident_bytes"] == SIZE
+    assert values["hotgraft_resident_limit_bytes"] == 10 * SIZE
+    assert (values["hotgraft_skill_hits_total"], values["hotgraft_skill_misses_total"]) == (2, 1)
+    assert values["hotgraft_load_wait_seconds_count"] == 1

@@ -1,4 +1,4 @@
-"""Admin: HTTP endpoints that list, inspect, load and unload skills.
+"""Admin: HTTP endpoints that list, inspect, load, pin and unload skills.
 
 Looking is for whoever may use the server. Changing is off unless the server has a key: an admin
 key, which comes in a header of its own, or else vLLM's API key.
@@ -18,8 +18,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from hotgraft.errors import DeviceMemoryError, HotgraftError, SkillInUseError, UnknownSkillError
-from hotgraft.serve.vllm.skills import Skill, Skills
+from hotgraft.errors import (
+    DeviceMemoryError,
+    HotgraftError,
+    LibraryFullError,
+    SkillInUseError,
+    UnknownSkillError,
+)
+from hotgraft.serve.vllm.leases import Skill
+from hotgraft.serve.vllm.skills import Skills
 
 KEY_HEADER = "x-hotgraft-admin-key"
 """The request header with the admin key."""
@@ -95,27 +102,54 @@ def router(skills: Skills, keys: Keys, report: Callable[..., None]) -> APIRouter
 
     @routes.get("/v1/skills")
     async def list_skills() -> Response:
-        """All skills."""
+        """All skills, loaded or not."""
         return JSONResponse({"object": "list", "data": [_card(skills, s) for s in skills.values()]})
 
     @routes.get("/v1/skills/{name:path}")
     async def inspect_skill(name: str) -> Response:
         """One skill, with what its file says."""
         try:
-            skill = _known(skills, name)
+            skill = skills.known(name)
             return JSONResponse(_card(skills, skill) | await asyncio.to_thread(_described, skill))
         except (HotgraftError, OSError) as error:
             return failure(error)
 
     @routes.post("/v1/skills")
     async def load_skill(wanted: LoadRequest, request: Request) -> Response:
-        """Load a skill on all ranks; answers when requests may name it."""
+        """Load a skill on all ranks, and add it where it is not known; answers when it is done."""
         try:
             _require(keys, request, "load", wanted.name)
             path = skills.find(wanted.name, wanted.file)
             skill = await skills.load(wanted.name, path, cast=wanted.cast)
             return JSONResponse(_card(skills, skill), HTTPStatus.CREATED)
         except (HotgraftError, OSError, MemoryError) as error:
+            return failure(error)
+
+    @routes.post("/v1/skills/{name:path}/fetch")
+    async def fetch_skill(name: str, request: Request) -> Response:
+        """Load a skill soon, if it is not; no request waits for that."""
+        try:
+            _require(keys, request, "fetch", name)
+            return JSONResponse(_card(skills, skills.fetch(name)), HTTPStatus.ACCEPTED)
+        except HotgraftError as error:
+            return failure(error)
+
+    @routes.post("/v1/skills/{name:path}/pin")
+    async def pin_skill(name: str, request: Request) -> Response:
+        """Load a skill, and keep it loaded."""
+        try:
+            _require(keys, request, "pin", name)
+            return JSONResponse(_card(skills, await skills.pin(name)))
+        except (HotgraftError, OSError, MemoryError) as error:
+            return failure(error)
+
+    @routes.post("/v1/skills/{name:path}/unpin")
+    async def unpin_skill(name: str, request: Request) -> Response:
+        """Let a skill go where room is wanted."""
+        try:
+            _require(keys, request, "unpin", name)
+            return JSONResponse(_card(skills, skills.unpin(name)))
+        except HotgraftError as error:
             return failure(error)
 
     @routes.delete("/v1/skills/{name:path}")
@@ -138,21 +172,19 @@ def router(skills: Skills, keys: Keys, report: Callable[..., None]) -> APIRouter
     return routes
 
 
-def _known(skills: Skills, name: str) -> Skill:
-    if name not in skills:
-        raise UnknownSkillError(f"no skill {name!r} is loaded")
-    return skills[name]
-
-
 def _card(skills: Skills, skill: Skill) -> dict[str, Any]:
     return {
         "id": skill.name,
         "object": "skill",
         "digest": skill.digest,
         "file": str(skill.path.relative_to(skills.folder)),
+        "file_bytes": skill.signature[0],
+        "loaded": skill.loaded,
+        "pinned": skill.pinned,
         "entries": skill.entries,
         "resident_bytes": skill.nbytes,
-        "requests": skills.requests(skill),
+        "requests": skill.requests,
+        "failure": str(skill.failure[1]) if skill.failure else None,
     }
 
 
@@ -177,6 +209,7 @@ STATUS: tuple[tuple[type[BaseException], HTTPStatus], ...] = (
     (UnknownSkillError, HTTPStatus.NOT_FOUND),
     (FileNotFoundError, HTTPStatus.NOT_FOUND),
     (SkillInUseError, HTTPStatus.CONFLICT),
+    (LibraryFullError, HTTPStatus.SERVICE_UNAVAILABLE),
     (DeviceMemoryError, HTTPStatus.INSUFFICIENT_STORAGE),
     (MemoryError, HTTPStatus.INSUFFICIENT_STORAGE),
     (ValueError, HTTPStatus.UNPROCESSABLE_ENTITY),  # what is wrong with a file, of any kind
@@ -191,6 +224,8 @@ def failure(error: BaseException) -> Response:
     if isinstance(error, RefusedError):
         status = error.status
     else:
-        status = next(status for kind, status in STATUS if isinstance(error, kind))
+        fitting = (status for kind, status in STATUS if isinstance(error, kind))
+        status = next(fitting, HTTPStatus.INTERNAL_SERVER_ERROR)
     about = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
-    return JSONResponse({"error": about}, status)
+    headers = {"Retry-After": "1"} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    return JSONResponse({"error": about}, status, headers)

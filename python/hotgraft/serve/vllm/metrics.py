@@ -17,6 +17,7 @@ from prometheus_client.core import (
     Metric,
 )
 
+from hotgraft.serve.vllm.resident import WAIT_BOUNDS
 from hotgraft.serve.vllm.skills import Skills
 
 FRESH = 0.5
@@ -115,12 +116,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The metrics as they are known now."""
-        skills = self._skills.all()  # a copy: this may run in another thread than the server's
-        yield GaugeMetricFamily("hotgraft_skills", "Loaded skills.", len(skills))
-        resident = sum(skill.nbytes for skill in skills)
-        yield GaugeMetricFamily(
-            "hotgraft_resident_bytes", "Memory of skills, on all ranks together.", resident
-        )
+        yield from _of_residents(self._skills)
         counts = self._events.counts.copy()
         for event in ("load", "unload"):
             found = counts.get((event, ""), 0)
@@ -147,6 +143,30 @@ class Metrics:
     def describe(self) -> list[Metric]:
         """Nothing: the metrics depend on the engine, which is not asked for this."""
         return []
+
+
+def _of_residents(skills: Skills) -> Iterator[Metric]:
+    """Only numbers are read: this may run in another thread than the server's."""
+    budget, counts = skills.resident.budget, skills.resident.counts
+    for name, text, number in (
+        ("known_skills", "Skills that requests can name.", len(skills)),
+        ("loaded_skills", "Those of them that are loaded.", len(budget)),
+        ("resident_bytes", "Memory of loaded skills, on all ranks together.", budget.nbytes),
+        ("resident_limit_bytes", "What they may take (--resident).", budget.limit),
+    ):
+        yield GaugeMetricFamily(f"hotgraft_{name}", text, number)
+    for name, text, number in (
+        ("skill_hits", "Requests whose skill was loaded.", counts.hits),
+        ("skill_misses", "Requests that waited until it was.", counts.misses),
+        ("skill_evictions", "Skills that made room for others.", counts.evictions),
+    ):
+        yield CounterMetricFamily(f"hotgraft_{name}", text, number)
+    yield HistogramMetricFamily(
+        "hotgraft_load_wait_seconds",
+        "How long requests waited for their skill to be loaded.",
+        _buckets(list(WAIT_BOUNDS), counts.waits),
+        counts.wait_seconds,
+    )
 
 
 def _of_scheduler(counters: dict[str, Any]) -> Iterator[Metric]:

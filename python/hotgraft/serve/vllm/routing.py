@@ -5,34 +5,63 @@ gives, and pass the request on by the engine client's `generate`. Both happen in
 HTTP request, and these are the two places that every kind of request passes, whatever its path is.
 `SkillModels` notes the skill in the first, `route` puts it into the sampling parameters in the
 second, and `Middleware` opens the context and says the skill's digest in the response.
+
+A skill that is not loaded begins to be when the engine is asked, which is after a request was found
+to be valid, and the response begins when it is: so a load that fails is an error of its own status,
+also for who wants a stream, and the digest is that of the weights that answer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
-from hotgraft.errors import UnknownSkillError
+from hotgraft.errors import HotgraftError, UnknownSkillError
+from hotgraft.serve.vllm.admin import failure
+from hotgraft.serve.vllm.leases import Lease, Skill
 from hotgraft.serve.vllm.scheduler import ARGUMENT
-from hotgraft.serve.vllm.skills import Skill, Skills
+from hotgraft.serve.vllm.skills import Skills
 
 HEADER = b"x-hotgraft-digest"
 """The response header with the digest of the skill that a request was for."""
 
 
-@dataclasses.dataclass
 class Asked:
-    """What an HTTP request asks for."""
+    """What an HTTP request asks for. It has one lease, however often it asks the engine."""
 
-    skill: Skill | None = None
-    """None is the base."""
+    def __init__(self) -> None:
+        self.lease: Lease | None = None
+        """On the skill that it names; None is the base."""
+        self.held: Lease | None = None
+        """The same once it was entered."""
+        self._ended = False
+
+    def hold(self) -> None:
+        """Its skill is to be loaded, and to stay so until the response has ended.
+
+        After that (a response that is made in the background) each generation has its own hold.
+        """
+        if self.lease is not self.held and self.lease is not None and not self._ended:
+            self.release()
+            self.held = self.lease.__enter__()
+
+    def release(self) -> None:
+        """It needs its skill no longer."""
+        if self.held is not None:
+            self.held.__exit__()
+            self.held = None
+
+    def end(self) -> None:
+        """The response has ended."""
+        self._ended = True
+        self.release()
 
 
 # A holder, and not the skill itself: handlers run in tasks that have a copy of the context.
@@ -41,16 +70,16 @@ _asked: ContextVar[Asked | None] = ContextVar("hotgraft_asked", default=None)
 
 def _skill() -> Skill | None:
     asked = _asked.get()
-    return asked.skill if asked else None
+    return asked.lease.skill if asked and asked.lease else None
 
 
 class SkillModels(OpenAIServingModels):  # type: ignore[misc]
     """vLLM's models, and the skills among them."""
 
-    hotgraft: Mapping[str, Skill]
+    hotgraft: Skills
 
     @classmethod
-    def adopt(cls, models: Any, skills: Mapping[str, Skill]) -> None:
+    def adopt(cls, models: Any, skills: Skills) -> None:
         """Let vLLM's object, which its handlers hold, know the skills."""
         models.__class__ = cls
         models.hotgraft = skills
@@ -60,7 +89,7 @@ class SkillModels(OpenAIServingModels):  # type: ignore[misc]
         skill = self.hotgraft.get(model_name)
         asked = _asked.get()
         if asked is not None:
-            asked.skill = skill
+            asked.lease = None if skill is None else self.hotgraft.lease(skill)
         return super().is_base_model(model_name) or (skill is not None and asked is not None)
 
     def model_name(self, lora_request: Any = None) -> str:
@@ -96,7 +125,7 @@ def route(client: Any, skills: Skills) -> None:
     plain_generate, plain_encode = client.generate, client.encode
 
     def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        skill = _skill()
+        asked, skill = _asked.get(), _skill()
         given = sampling_params.extra_args or {}
         if ARGUMENT in given and (skill is None or given[ARGUMENT] != skill.name):
             raise VLLMValidationError(
@@ -105,16 +134,22 @@ def route(client: Any, skills: Skills) -> None:
             )
         if skill is None:
             return plain_generate(prompt, sampling_params, *args, **kwargs)
+        assert asked is not None
+        assert asked.lease is not None
+        asked.hold()
         sampling_params.extra_args = {**given, ARGUMENT: skill.name}
-        return _outputs(skill, plain_generate(prompt, sampling_params, *args, **kwargs))
+        return _outputs(asked.lease, plain_generate(prompt, sampling_params, *args, **kwargs))
 
-    async def _outputs(skill: Skill, outputs: Any) -> Any:
+    async def _outputs(lease: Lease, outputs: Any) -> Any:
         try:
-            async with contextlib.aclosing(skills.serving(skill, outputs)) as served:
+            async with contextlib.aclosing(skills.serving(lease, outputs)) as served:
                 async for output in served:
                     yield output
         except UnknownSkillError as error:
             raise VLLMNotFoundError(str(error)) from error
+        except (HotgraftError, OSError, MemoryError) as error:
+            # Of a load that failed. `Middleware` has a better answer, if there is still to be one.
+            raise VLLMValidationError(str(error), parameter="model") from error
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         if (skill := _skill()) is not None:
@@ -128,7 +163,7 @@ def route(client: Any, skills: Skills) -> None:
 
 
 class Middleware:
-    """Opens the context of each request, and adds the header to its response.
+    """Opens the context of each request, and begins its response when its skill is loaded.
 
     Args:
         app: what comes next (ASGI).
@@ -146,13 +181,24 @@ class Middleware:
             return
         if scope["path"].rstrip("/").endswith("/metrics"):
             await self._before_metrics()
-        asked = Asked()
+        asked, refused = Asked(), False
 
         async def send_named(message: Any) -> None:
-            starts = message["type"] in ("http.response.start", "websocket.accept")
-            if starts and asked.skill is not None:
-                header = (HEADER, asked.skill.digest.encode())
-                message = {**message, "headers": [*message.get("headers", ()), header]}
+            nonlocal refused
+            if refused:
+                return
+            if message["type"] == "http.response.start":
+                if _is_stream(message):  # some ask the engine only when they are read
+                    asked.hold()
+                if asked.held is not None:
+                    try:
+                        skill = await asked.held.ready()
+                    except Exception as error:
+                        refused = True  # what was to be sent is of no use
+                        await failure(error)(scope, receive, send)
+                        return
+                    header = (HEADER, skill.digest.encode())
+                    message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
         token = _asked.set(asked)
@@ -160,3 +206,9 @@ class Middleware:
             await self._app(scope, receive, send_named)
         finally:
             _asked.reset(token)
+            asked.end()
+
+
+def _is_stream(start: Any) -> bool:
+    headers = {name.lower(): value for name, value in start.get("headers", ())}
+    return start["status"] == HTTPStatus.OK and b"event-stream" in headers.get(b"content-type", b"")

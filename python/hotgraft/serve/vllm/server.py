@@ -51,6 +51,8 @@ class Settings:
 
     skills: Path
     """The folder with the graft files."""
+    resident: int
+    """Bytes that loaded skills may take on all ranks together."""
     watch: bool = False
     """Whether to keep up with the folder."""
     admin_key: str | None = None
@@ -145,7 +147,7 @@ async def _serve(args: Namespace, settings: Settings) -> None:
 
 
 async def _build(client: Any, args: Namespace, settings: Settings) -> Any:
-    """vLLM's application with skills in it; those of the folder are loaded."""
+    """vLLM's application with skills in it; those of the folder are known."""
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
@@ -154,7 +156,9 @@ async def _build(client: Any, args: Namespace, settings: Settings) -> Any:
     def taken(name: str) -> bool:
         return models.registry.is_base_model(name) or name in models.lora_requests
 
-    skills = Skills(connect(engine), engine.scheduler, settings.skills, taken, events)
+    skills = Skills(
+        connect(engine), engine.scheduler, settings.skills, settings.resident, taken, events
+    )
     metrics = Metrics(skills, events, engine.counters)
     REGISTRY.register(metrics)
     SkillModels.adopt(models, skills)

@@ -4,64 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import os
-import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from hotgraft.errors import HotgraftError, SkillInUseError, UnknownSkillError
-from hotgraft.serve.ranks import Loaded
+from hotgraft.library.folder import ENDING, described
+from hotgraft.library.shelf import Signature
+from hotgraft.serve.vllm.folder import Seen, look
+from hotgraft.serve.vllm.leases import Lease, Skill
+from hotgraft.serve.vllm.resident import Ranks, Resident
 
-SUFFIX = ".graft.safetensors"
-"""Of graft files; what stands before it is the skill's name."""
 LOOK_EVERY = 2.0
 """Seconds between two looks at a watched folder."""
 
 T = TypeVar("T")
-Stamp = tuple[int, int, int]
-"""What tells a file from one that replaced it."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Skill:
-    """A skill that requests can name."""
-
-    name: str
-    digest: str
-    """The graft's id."""
-    path: Path
-    entries: int
-    nbytes: int
-    """What it takes on all ranks together."""
-
-
-class Ranks(Protocol):
-    """What is needed of `hotgraft.serve.ranks.Ranks`."""
-
-    def load(self, name: str, path: str | os.PathLike[str], *, cast: bool = False) -> Loaded:
-        """On all ranks, or on none."""
-        ...
-
-    def unload(self, name: str) -> None:
-        """From all ranks."""
-        ...
 
 
 class Skills(Mapping[str, Skill]):
-    """The skills of a server, by name.
+    """The skills of a server, by name: those that requests can name, loaded or not.
 
-    A skill is loaded on all ranks first and then made known to the scheduler, and only then can
-    requests name it. It leaves the other way round. All methods are called in the server's event
-    loop; ranks are spoken to in a thread of its own, one load at a time, and steps go on.
+    A skill is loaded when a request wants it (`hotgraft.serve.vllm.resident`). All methods are
+    called in the server's event loop.
 
     Args:
         ranks: the workers.
         scheduler: calls a method of `hotgraft.serve.vllm.core` in the engine.
         folder: where the files are; nothing outside of it is loaded.
+        limit: bytes that loaded skills may take on all ranks together.
         taken: whether a name means something else already, such as the base.
         report: is told of each event, by its name and with what there is to say.
     """
@@ -71,19 +41,18 @@ class Skills(Mapping[str, Skill]):
         ranks: Ranks,
         scheduler: Callable[..., Awaitable[Any]],
         folder: Path,
+        limit: int,
         taken: Callable[[str], bool],
         report: Callable[..., None],
     ) -> None:
         self.folder = folder
-        self._ranks = ranks
-        self._scheduler = scheduler
+        self.resident = Resident(ranks, scheduler, limit, report)
         self._taken = taken
         self._report = report
         self._table: dict[str, Skill] = {}
-        self._busy: set[str] = set()  # names of skills that are coming or going
-        self._seen: dict[str, Stamp] = {}  # the files that were loaded, or found to be bad
-        self._requests: Counter[Skill] = Counter()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-skills")
+        self._busy: set[str] = set()  # names of skills that somebody adds or takes away
+        # Files that are not to become skills: bad ones, and those that somebody unloaded.
+        self._passed: dict[Path, Signature | None] = {}
 
     def __getitem__(self, name: str) -> Skill:
         return self._table[name]
@@ -94,35 +63,38 @@ class Skills(Mapping[str, Skill]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def all(self) -> list[Skill]:
-        """All of them, in one go, so that other threads may ask."""
-        return list(self._table.values())
+    def known(self, name: str) -> Skill:
+        """A skill.
+
+        Raises:
+            UnknownSkillError: there is none of that name.
+        """
+        if name not in self._table:
+            raise UnknownSkillError(f"there is no skill {name!r}")
+        return self._table[name]
 
     # ---- requests ------------------------------------------------------------------------------
 
-    def requests(self, skill: Skill) -> int:
-        """How many of a skill's requests are being answered."""
-        return self._requests[skill]
+    def lease(self, skill: Skill) -> Lease:
+        """A hold on a skill; once entered it is loaded, and stays so."""
+        return self.resident.lease(skill)
 
     async def serving(
-        self, skill: Skill, outputs: AsyncGenerator[T, None]
+        self, lease: Lease, outputs: AsyncGenerator[T, None]
     ) -> AsyncGenerator[T, None]:
         """A request's outputs; the skill is in use until they end, or nobody reads on.
 
         Raises:
             UnknownSkillError: the skill was unloaded since the request named it.
+            Exception: it cannot be loaded.
         """
         async with contextlib.aclosing(outputs):
-            if self._table.get(skill.name) is not skill:
-                raise UnknownSkillError(f"the skill {skill.name!r} has just been unloaded")
-            self._requests[skill] += 1
-            try:
+            with lease:
+                skill = await lease.ready()
+                if skill.forgotten or not skill.loaded:
+                    raise UnknownSkillError(f"the skill {skill.name!r} has just been unloaded")
                 async for output in outputs:
                     yield output
-            finally:
-                self._requests[skill] -= 1
-                if not self._requests[skill]:
-                    del self._requests[skill]
 
     # ---- coming and going ----------------------------------------------------------------------
 
@@ -131,13 +103,13 @@ class Skills(Mapping[str, Skill]):
 
         Args:
             name: of the skill.
-            file: relative to the folder; without it, the name with `SUFFIX`.
+            file: relative to the folder; without it, the name with the usual ending.
 
         Raises:
             HotgraftError: it is outside of the folder.
             FileNotFoundError: it is not there.
         """
-        path = self.folder / (f"{name}{SUFFIX}" if file is None else file)
+        path = self.folder / (f"{name}{ENDING}" if file is None else file)
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise HotgraftError(f"{path.name!r} is outside of the folder of skills")
         if not path.is_file():
@@ -145,47 +117,58 @@ class Skills(Mapping[str, Skill]):
         return path
 
     async def load(self, name: str, path: Path, *, cast: bool = False) -> Skill:
-        """Load a skill; requests are answered meanwhile.
+        """Load a skill, and add it where it is not known; requests are answered meanwhile.
 
         Goes on to its end if the caller is cancelled.
 
         Raises:
-            SkillInUseError: there is one of that name, or one is coming or going.
+            SkillInUseError: it is loaded, or on its way, or its name is that of another file.
             HotgraftError: the name means something else.
+            LibraryFullError: what is in use and pinned leaves no room.
             FormatError, OSError, BaseMismatchError, CoverageError, LayoutError, NonFiniteError: it
                 cannot be loaded; nothing has changed.
         """
         return await asyncio.shield(asyncio.ensure_future(self._load(name, path, cast)))
 
     async def _load(self, name: str, path: Path, cast: bool) -> Skill:
-        started = time.perf_counter()
         try:
-            self._require_free(name)
             with self._holding(name):
-                self._seen[name] = _stamp(path)
-                loaded = await self._in_thread(lambda: self._ranks.load(name, path, cast=cast))
-                try:
-                    await self._scheduler("set", name, loaded.id)
-                except BaseException:
-                    await self._in_thread(lambda: self._ranks.unload(name))
-                    raise
-                skill = Skill(name, loaded.id, path, loaded.nnz, loaded.nbytes)
-                self._table[name] = skill
+                self._require_free(name, path)
+                volume = await asyncio.to_thread(described, path)
+                assert volume.signature is not None
+                self._require_free(name, path)  # still
+                is_new = name not in self._table
+                if is_new:
+                    self._table[name] = Skill(name, path, volume.id, volume.signature)
+                skill = self._table[name]
+                skill.cast = cast
         except Exception as error:
-            self._refuse("load", name, error)
+            self.resident.refuse("load", name, error)
             raise
-        self._report(
-            "load",
-            skill=name,
-            digest=skill.digest,
-            entries=skill.entries,
-            bytes=skill.nbytes,
-            seconds=round(time.perf_counter() - started, 6),
-        )
-        return skill
+        try:
+            with self.lease(skill) as lease:
+                return await lease.ready()
+        except Exception:  # it was reported
+            if is_new and self._table.get(name) is skill:
+                del self._table[name]
+                self.resident.forget(skill)
+            raise
+
+    def _require_free(self, name: str, path: Path) -> None:
+        if not name or self._taken(name):
+            raise HotgraftError(f"no skill can be called {name!r}: that names something else here")
+        skill = self._table.get(name)
+        if skill is not None and skill.path != path:
+            raise SkillInUseError(
+                f"there is a skill {name!r} already, from {skill.path.name!r}; unload it first"
+            )
+        if skill is not None and skill.loaded:
+            raise SkillInUseError(f"a skill {name!r} is loaded already; unload it first")
+        if skill is not None and skill.coming is not None:
+            raise SkillInUseError(f"a skill {name!r} is just being loaded")
 
     async def unload(self, name: str, *, abort: bool = False) -> None:
-        """Forget a skill.
+        """Forget a skill, also a pinned one.
 
         Goes on to its end if the caller is cancelled.
 
@@ -195,90 +178,146 @@ class Skills(Mapping[str, Skill]):
 
         Raises:
             UnknownSkillError: there is none of that name.
-            SkillInUseError: requests of it are being answered, or it is coming or going.
+            SkillInUseError: requests use it or wait for it, or it is just being loaded.
         """
         await asyncio.shield(asyncio.ensure_future(self._unload(name, abort)))
 
     async def _unload(self, name: str, abort: bool) -> None:
         try:
-            aborted = await self._take_out(name, abort)
+            with self._holding(name):
+                skill = self.known(name)
+                self._require_idle(skill, abort)
+                async with self.resident.changing():
+                    self._require_idle(skill, abort)
+                    del self._table[name]  # from here on who names it is told that it is unknown
+                    try:
+                        loaded = skill.loaded
+                        aborted = await self.resident.take_out(skill, abort=abort) if loaded else 0
+                    except BaseException:
+                        self._table[name] = skill
+                        raise
+                    self.resident.forget(skill)
         except Exception as error:
-            self._refuse("unload", name, error)
+            self.resident.refuse("unload", name, error)
             raise
+        self._passed[skill.path] = skill.signature  # until it is replaced
         self._report("unload", skill=name, aborted=aborted)
 
-    async def _take_out(self, name: str, abort: bool) -> int:
-        if name in self._busy:
-            raise SkillInUseError(f"the skill {name!r} is just being loaded or unloaded")
-        if name not in self._table:
-            raise UnknownSkillError(f"no skill {name!r} is loaded")
-        skill = self._table[name]
-        if self._requests[skill] and not abort:
+    def _require_idle(self, skill: Skill, abort: bool) -> None:
+        if self.resident.is_loading(skill):
+            raise SkillInUseError(f"the skill {skill.name!r} is just being loaded")
+        if skill.requests and not abort:
             raise SkillInUseError(
-                f"the skill {name!r} is in use by {self._requests[skill]} requests; wait for them, "
+                f"the skill {skill.name!r} is in use by {skill.requests} requests; wait for them, "
                 "or abort them"
             )
-        with self._holding(name):
-            del self._table[name]  # from here on requests that name it are told that it is unknown
-            known = True
-            try:
-                aborted = int(await self._scheduler("drop", name, abort))
-                known = False
-                await self._in_thread(lambda: self._ranks.unload(name))
-            except BaseException:
-                if not known:
-                    await self._scheduler("set", name, skill.digest)
-                self._table[name] = skill
-                raise
-        return aborted
 
-    def _require_free(self, name: str) -> None:
-        if name in self._busy:
-            raise SkillInUseError(f"a skill {name!r} is just being loaded or unloaded")
-        if name in self._table:
-            raise SkillInUseError(f"a skill {name!r} is loaded already; unload it first")
-        if not name or self._taken(name):
-            raise HotgraftError(f"no skill can be called {name!r}: that names something else here")
+    def fetch(self, name: str) -> Skill:
+        """A request for this skill is likely: load it, when no request waits for another one.
+
+        Raises:
+            UnknownSkillError: there is none of that name.
+        """
+        skill = self.known(name)
+        self.resident.hint(skill)
+        return skill
+
+    async def pin(self, name: str) -> Skill:
+        """Load a skill, and keep it loaded until it is unpinned. Raises as a lease does."""
+        with self.lease(self.known(name)) as lease:
+            skill = await lease.ready()
+            skill.pinned = True
+        return skill
+
+    def unpin(self, name: str) -> Skill:
+        """Let a skill go when room is wanted. Raises `UnknownSkillError`."""
+        skill = self.known(name)
+        self.resident.unpin(skill)
+        return skill
 
     @contextlib.contextmanager
     def _holding(self, name: str) -> Iterator[None]:
+        if name in self._busy:
+            raise SkillInUseError(f"the skill {name!r} is just being loaded or unloaded")
         self._busy.add(name)
         try:
             yield
         finally:
             self._busy.discard(name)
 
-    def _refuse(self, what: str, name: str, error: Exception) -> None:
-        self._report("refusal", what=what, skill=name, kind=type(error).__name__, why=str(error))
-
-    async def _in_thread(self, do: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, do)
-
     # ---- the folder ----------------------------------------------------------------------------
 
     async def scan(self) -> None:
-        """Load what is new in the folder, and unload what is gone from it.
+        """Learn what is new in the folder, what was replaced, and what is gone.
 
-        A file that was replaced counts as both. What cannot be loaded is reported once; what is in
-        use, and cannot be unloaded now, is tried again by the next scan. A skill that somebody
-        unloaded by request comes back when its file is replaced.
+        Only headers are read. A file that is no skill is reported once. A skill that is in use goes
+        on as it is: what has become of its file counts when it is not. One that somebody unloaded
+        comes back when its file is replaced.
         """
-        files = await asyncio.to_thread(_graft_files, self.folder)
-        for name, skill in list(self._table.items()):
-            found = _stamp_or_none(skill.path)
-            if found == self._seen.get(name) or name in self._busy or self._requests[skill]:
-                continue
-            with contextlib.suppress(Exception):
-                await self.unload(name)
-                if found is None:
-                    del self._seen[name]
-        for name, path in files.items():
-            stamp = _stamp_or_none(path)
-            free = name not in self._table and name not in self._busy
-            if stamp is not None and free and stamp != self._seen.get(name):
-                with contextlib.suppress(Exception):  # it was reported
-                    self._seen[name] = stamp  # also where the name is refused
-                    await self.load(name, path)
+        known = {path: found for path, found in self._passed.items() if found is not None}
+        known |= {skill.path: skill.signature for skill in self._table.values()}
+        seen = await asyncio.to_thread(look, self.folder, known)
+        changes = {"added": 0, "replaced": 0, "removed": 0}
+        for skill in list(self._table.values()):
+            if skill.name not in self._busy and (what := await self._follow(skill, seen)):
+                changes[what] += 1
+        paths = {skill.path for skill in self._table.values()}
+        for path, found in seen.items():
+            if path not in paths and found.signature != self._passed.get(path, ()):
+                changes["added"] += self._add(path, found)
+        self._passed = {path: found for path, found in self._passed.items() if path in seen}
+        if any(changes.values()):
+            self._report("scan", known=len(self), **changes)
+
+    async def _follow(self, skill: Skill, seen: Mapping[Path, Seen]) -> str | None:
+        """Keep up with a skill's file, as far as its requests allow; which change it is."""
+        found = seen.get(skill.path)
+        if found is not None and found.signature in (None, skill.signature):
+            return None
+        skill.stale = skill.loaded
+        if skill.requests:
+            return None
+        if found is None or found.error is not None:
+            with contextlib.suppress(Exception):  # it was reported, and is tried again
+                await self._unload(skill.name, abort=False)
+                if found is not None and found.error is not None:
+                    self._pass(skill.name, skill.path, found, found.error)
+                return "removed"
+            return None
+        if skill.loaded:
+            with contextlib.suppress(HotgraftError):
+                async with self.resident.changing():
+                    if skill.loaded and not skill.requests:
+                        await self.resident.take_out(skill)
+        if skill.loaded or skill.requests:
+            return None
+        assert found.digest is not None
+        assert found.signature is not None
+        skill.digest, skill.signature = found.digest, found.signature
+        if skill.pinned:
+            self.resident.hint(skill)
+        return "replaced"
+
+    def _add(self, path: Path, found: Seen) -> bool:
+        """Whether it is a skill now."""
+        name = path.name.removesuffix(ENDING)
+        if name in self._busy:
+            return False
+        try:
+            if found.error is not None:
+                raise found.error
+            self._require_free(name, path)
+        except (HotgraftError, OSError) as error:
+            self._pass(name, path, found, error)
+            return False
+        assert found.digest is not None
+        assert found.signature is not None
+        self._table[name] = Skill(name, path, found.digest, found.signature)
+        return True
+
+    def _pass(self, name: str, path: Path, found: Seen, error: Exception) -> None:
+        self.resident.refuse("load", name, error)
+        self._passed[path] = found.signature
 
     async def watch(self) -> None:
         """Scan from time to time, for ever."""
@@ -288,20 +327,3 @@ class Skills(Mapping[str, Skill]):
                 await self.scan()
             except OSError as error:  # the folder itself cannot be read now
                 self._report("refusal", what="scan", kind=type(error).__name__, why=str(error))
-
-
-def _graft_files(folder: Path) -> dict[str, Path]:
-    found = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
-    return {path.name.removesuffix(SUFFIX): path for path in found}
-
-
-def _stamp(path: Path) -> Stamp:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _stamp_or_none(path: Path) -> Stamp | None:
-    try:
-        return _stamp(path)
-    except OSError:
-        return None
