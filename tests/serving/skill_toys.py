@@ -7,8 +7,9 @@ import contextlib
 import io
 import json
 import threading
+from collections import Counter
 
-from hotgraft.errors import FormatError, HotgraftError, SkillInUseError
+from hotgraft.errors import FormatError, HotgraftError, SkillInUseError, UnknownSkillError
 from hotgraft.format import FORMAT, VERSION
 from hotgraft.library.folder import ENDING
 from hotgraft.serve.ranks import Loaded
@@ -30,6 +31,7 @@ class Toy:
     def __init__(self, folder, room=10):
         self.loaded, self.known, self.failing = {}, {}, set()
         self.takes = {}  # what a skill takes, where that is not SIZE
+        self.running = {}  # the requests of each skill that the engine is at work on
         self.order = []  # the names of skills, as they were loaded
         self.go = threading.Event()
         self.go.set()
@@ -67,6 +69,8 @@ class Toy:
             return None
         if name in self.unfinished and not rest[0]:
             raise SkillInUseError("the engine has unfinished requests of it")
+        assert rest[0] or not self.running.get(name, {}).get("requests"), "it is in use"
+        self.running.pop(name, None)  # they are aborted
         del self.known[name]
         return 1 if rest[0] else 0
 
@@ -97,14 +101,27 @@ class Toy:
         return digests == self.loaded == self.known
 
     async def use(self, name, count=2):
-        """A request for a skill; the digest of the weights that answered."""
+        """A request for a skill; the digest of the weights that answered.
+
+        Raises `UnknownSkillError` if it is aborted, and whatever a lease does.
+        """
         skill = self.skills.known(name)
         with self.skills.lease(skill) as lease:
             said = (await lease.ready()).digest
             reading = self.skills.serving(lease, outputs(count))
-            async with contextlib.aclosing(reading):
-                async for _ in reading:
-                    assert self.loaded[name] == self.known[name] == said
+            running = None
+            try:
+                async with contextlib.aclosing(reading):
+                    async for _ in reading:
+                        if running is None:
+                            running = self.running.setdefault(name, Counter())
+                            running["requests"] += 1
+                        if self.running.get(name) is not running or name not in self.known:
+                            raise UnknownSkillError("it was aborted")
+                        assert self.loaded[name] == self.known[name] == said
+            finally:
+                if running is not None:
+                    running["requests"] -= 1
         return said
 
     async def idle(self):

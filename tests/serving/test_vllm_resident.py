@@ -372,6 +372,7 @@ async def an_operator(toy, chance):
             elif what in ("fetch", "unpin"):
                 getattr(toy.skills, what)(name)
             elif what == "pin":
+                toy.skills.known(name)
                 tasks.append(asyncio.ensure_future(toy.skills.pin(name)))
             elif what == "write":
                 body = "corrupt" if chance.random() < 0.2 else "good"
