@@ -222,7 +222,7 @@ def test_what_is_larger_than_all_room_is_refused_at_once(toy):
         path.write_bytes(path.read_bytes().ljust(2 * SIZE + 1, b"x"))
         await toy.use("a")
         begun = time.monotonic()
-        with pytest.raises(LibraryFullError, match="takes 2,001 bytes, and of the 2,000"):
+        with pytest.raises(LibraryFullError, match="takes 2,001 bytes, and there are 2,000"):
             await toy.use("c")
         assert time.monotonic() - begun < resident.PATIENCE / 2
         assert set(toy.loaded) == {"a"}
@@ -280,7 +280,7 @@ def test_a_bad_file_is_told_to_whoever_asks_and_logged_once(toy):
         assert toy.consistent()
 
     asyncio.run(run())
-    assert [line["skill"] for line in toy.events("refusal")] == ["a", "b", "b"]
+    assert [line["skill"] for line in toy.events("refusal")] == ["a", "b", "b", "c"]
 
 
 def test_one_that_the_engine_is_not_done_with_goes_later(toy):

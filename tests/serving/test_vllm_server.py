@@ -25,13 +25,14 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-SEEDS = {"sql": 1, "french": 2}
+SEEDS = {"sql": 1, "french": 2, "legal": 11, "prose": 12}
+BAD = {"corrupt", "stranger"}
 PROMPTS = [f"w{i} w{i + 40} w{7 * i}" for i in range(2, 10)]
 COUNT = 16
 
 
 class Setting:
-    """A checkpoint, a folder of skills with two good and two bad ones, and what is right."""
+    """A checkpoint, a folder of skills with four good and two bad ones, and what is right."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -89,7 +90,8 @@ def wanted(setting):
 
 @pytest.fixture(scope="module")
 def server(setting, wanted):  # noqa: ARG001 - one engine at a time, as far as can be
-    options = ("--watch", "--admin-key", served.ADMIN_KEY, "--quantum", "2")
+    room = str(int(2.5 * setting.file("sql").stat().st_size))  # for two of them
+    options = ("--watch", "--admin-key", served.ADMIN_KEY, "--quantum", "2", "--resident", room)
     with served.Server(setting.folder, setting.base, setting.skills, *options) as running:
         yield running
 
@@ -114,18 +116,27 @@ def error_of(answer):
 # ---- requests -----------------------------------------------------------------------------------
 
 
-def test_models_are_the_base_and_the_good_skills(server):
+def test_models_are_the_base_and_all_skills_of_which_none_is_loaded(server):
     status, found, _ = server.get("/v1/models")
     assert status == 200
     parents = {card["id"]: card["parent"] for card in found["data"]}
-    assert parents == {"toy": None, "french": "toy", "sql": "toy"}
+    assert parents == {"toy": None} | dict.fromkeys([*SEEDS, *BAD], "toy")
+    assert server.events("scan")[0]["known"] == len(parents) - 1
+    assert not any(card["loaded"] for card in listed(server).values())
 
 
-def test_bad_files_are_reported_and_skipped(server):
-    refused = {line["skill"]: line["kind"] for line in server.events("refusal")}
-    assert refused["corrupt"] == "FormatError"
-    assert refused["stranger"] == "BaseMismatchError"
-    assert {line["skill"] for line in server.events("load")} >= SEEDS.keys()
+@pytest.mark.parametrize(
+    ("name", "kind"), [("corrupt", "FormatError"), ("stranger", "BaseMismatchError")]
+)
+def test_a_bad_file_is_told_to_who_asks_and_logged_once(server, name, kind):
+    body = {"model": name, "prompt": PROMPTS[0], "max_tokens": 2}
+    for more in ({}, {"stream": True}):
+        answer = server.request("POST", "/v1/completions", {**body, **more})
+        assert error_of(answer)[:2] == (422, kind)
+        assert "x-hotgraft-digest" not in answer[2]
+    lines = [line["kind"] for line in server.events("refusal") if line["skill"] == name]
+    assert lines == [kind]
+    assert listed(server)[name]["failure"]
 
 
 def test_a_model_is_a_skill_and_answers_are_those_of_a_one_skill_engine(server, wanted):
@@ -202,12 +213,16 @@ def test_mixed_traffic_streamed_or_not(server, wanted):
             return server.complete(name, prompt, COUNT)
         return served.streamed(server.stream(name, prompt, COUNT))
 
-    before = server.metrics()["hotgraft_switches_total"]
+    before = server.metrics()
     with ThreadPoolExecutor(12) as pool:
         texts = list(pool.map(ask, range(len(requests))))
     assert texts == [wanted[request] for request in requests]
     time.sleep(0.6)
-    assert server.metrics()["hotgraft_switches_total"] > before
+    found = server.metrics()
+    for what in ("switches", "skill_evictions", "skill_misses", "skill_hits"):
+        assert found[f"hotgraft_{what}_total"] > before[f"hotgraft_{what}_total"]
+    assert all(line["resident"] <= found["hotgraft_resident_limit_bytes"]
+               for line in server.events("load"))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -261,11 +276,15 @@ def generated(server):
 def test_who_has_no_key_may_look_and_nothing_else(server):
     body = {"name": "third", "file": "later/third.graft.safetensors"}
     for headers in ({}, {"X-Hotgraft-Admin-Key": "no"}, {"Authorization": served.ADMIN_KEY}):
-        for request in (("POST", "/v1/skills", body), ("DELETE", "/v1/skills/sql", None)):
+        for request in (
+            ("POST", "/v1/skills", body),
+            ("DELETE", "/v1/skills/sql", None),
+            *(("POST", f"/v1/skills/sql/{what}", None) for what in ("fetch", "pin", "unpin")),
+        ):
             status, kind, message = error_of(server.request(*request, headers))
             assert (status, kind) == (401, "RefusedError")
             assert served.ADMIN_KEY not in message
-    assert listed(server).keys() == SEEDS.keys()
+    assert listed(server).keys() == SEEDS.keys() | BAD
     assert "RefusedError" in {line["kind"] for line in server.events("refusal")}
 
 
@@ -286,8 +305,30 @@ def test_a_skill_is_inspected(server, setting):
     status, found, _ = server.get("/v1/skills/sql")
     assert status == 200
     assert found["digest"] == found["metadata"]["id"] == setting.digests["sql"]
-    assert sum(tensor["entries"] for tensor in found["tensors"]) == found["entries"]
+    entries = sum(tensor["entries"] for tensor in found["tensors"])
+    assert found["entries"] in (entries, None)
     assert server.get("/v1/skills/poetry")[0] == 404
+
+
+def test_fetching_and_pinning(server, wanted):
+    for name in ("sql", "french"):
+        status, card, _ = server.admin("POST", f"/v1/skills/{name}/pin")
+        assert (status, card["loaded"], card["pinned"]) == (200, True, True)
+    body = {"model": "legal", "prompt": PROMPTS[0], "max_tokens": 2}
+    for more in ({}, {"stream": True}):
+        answer = server.request("POST", "/v1/completions", {**body, **more})
+        assert error_of(answer)[:2] == (503, "LibraryFullError")
+        assert answer[2]["retry-after"] == "1"
+    assert server.complete("sql", PROMPTS[0], COUNT) == wanted["sql", PROMPTS[0]]
+    assert server.admin("POST", "/v1/skills/sql/unpin")[1]["pinned"] is False
+    assert server.admin("POST", "/v1/skills/legal/fetch")[0] == 202
+    eventually(lambda: listed(server)["legal"]["loaded"])
+    cards = listed(server)
+    assert {name for name in cards if cards[name]["loaded"]} == {"french", "legal"}
+    assert server.complete("legal", PROMPTS[0], COUNT) == wanted["legal", PROMPTS[0]]
+    assert server.admin("POST", "/v1/skills/french/unpin")[0] == 200
+    for what in ("fetch", "pin", "unpin"):
+        assert error_of(server.admin("POST", f"/v1/skills/poetry/{what}"))[0] == 404
 
 
 def load(server, name, file=None):
@@ -314,8 +355,8 @@ def test_what_cannot_be_loaded(server, setting, wanted):
     stranger = setting.later / "stranger.graft.safetensors"
     stranger.write_bytes(setting.file("stranger").read_bytes())
     for name, file, status, kind in [
-        ("corrupt", "../corrupt.graft.safetensors", 422, "FormatError"),
-        ("stranger", "stranger.graft.safetensors", 422, "BaseMismatchError"),
+        ("bad", "../corrupt.graft.safetensors", 422, "FormatError"),
+        ("strange", "stranger.graft.safetensors", 422, "BaseMismatchError"),
         ("sql", "stranger.graft.safetensors", 409, "SkillInUseError"),
         ("toy", "stranger.graft.safetensors", 400, "HotgraftError"),
         ("x", "nowhere.graft.safetensors", 404, "FileNotFoundError"),
@@ -324,7 +365,7 @@ def test_what_cannot_be_loaded(server, setting, wanted):
         assert error_of(load(server, name, file))[:2] == (status, kind)
     assert load(server, "x", None)[0] == 404
     assert server.admin("POST", "/v1/skills", {"nam": "x"})[0] == 400
-    assert listed(server).keys() == SEEDS.keys()
+    assert listed(server).keys() == SEEDS.keys() | BAD
     assert server.complete("sql", PROMPTS[1], COUNT) == wanted["sql", PROMPTS[1]]
 
 
@@ -366,13 +407,20 @@ def test_a_skill_in_use_stays_unless_its_requests_are_aborted(server, setting, w
 def test_a_watched_folder(server, setting):
     path = setting.file("watched")
     first = served.graft(setting.base, path, 7)
+    body = {"model": "watched", "prompt": PROMPTS[0], "max_tokens": COUNT, "temperature": 0}
+    texts = set()
     eventually(lambda: "watched" in listed(server))
-    assert listed(server)["watched"]["digest"] == first
-    second = served.graft(setting.base, path, 8)
-    eventually(lambda: listed(server).get("watched", {}).get("digest") == second)
+    for digest in (first, served.graft(setting.base, path, 8)):
+        eventually(lambda digest=digest: listed(server)["watched"]["digest"] == digest)
+        for others in (False, True):  # with others it has to go in between
+            for name in SEEDS if others else ():
+                server.complete(name, PROMPTS[1], 2)
+            status, found, headers = server.request("POST", "/v1/completions", body)
+            assert (status, headers["x-hotgraft-digest"]) == (200, digest)
+            texts.add((digest, found["choices"][0]["text"]))
+    assert len(texts) == len({text for _, text in texts}) == 2  # each has one, and its own
     path.unlink()
     eventually(lambda: "watched" not in listed(server))
-    assert sum(line["skill"] == "corrupt" for line in server.events("refusal")) <= 2
 
 
 # ---- what is seen from outside ------------------------------------------------------------------
@@ -381,9 +429,13 @@ def test_a_watched_folder(server, setting):
 def test_metrics(server):
     time.sleep(0.6)
     found = server.metrics()
-    assert found["hotgraft_skills"] == len(SEEDS)
     cards = listed(server).values()
+    assert found["hotgraft_known_skills"] == len(cards)
+    assert found["hotgraft_loaded_skills"] == sum(card["loaded"] for card in cards)
     assert found["hotgraft_resident_bytes"] == sum(card["resident_bytes"] for card in cards)
+    assert 0 < found["hotgraft_resident_bytes"] <= found["hotgraft_resident_limit_bytes"]
+    assert found["hotgraft_load_wait_seconds_count"] == found["hotgraft_skill_misses_total"]
+    assert len(server.events("evict")) == found["hotgraft_skill_evictions_total"] > 0
     assert found["hotgraft_loads_total"] >= 2
     assert found['hotgraft_refusals_total{kind="FormatError"}'] >= 1
     assert found["hotgraft_switches_total"] > 0
@@ -410,6 +462,7 @@ def test_the_server_listens_on_loopback(server):
         (["MODEL", "--skills", ".", "--worker-cls", "a.B"], 1, "--worker-cls"),
         (["MODEL", "--skills", ".", "--data-parallel-size", "2"], 1, "--data-parallel-size"),
         (["MODEL", "--skills", ".", "--quantum", "0"], 1, "quantum is 0"),
+        (["MODEL", "--skills", ".", "--resident", "lots"], 2, "no size"),
     ],
 )
 def test_bad_use(arguments, status, message, monkeypatch, tmp_path):

@@ -209,12 +209,19 @@ class Resident:
                     await self.take_out(skill)
                 if skill.loaded:
                     return 0
-            found = await asyncio.to_thread(signature_of, skill.path)
+            found = await self._signature(skill)
             if skill.failure is not None and skill.failure[0] == found:
                 raise skill.failure[1]  # as before, so it is not read again
             known = skill.took is not None and skill.took[0] == found
             wanted = skill.took[1] if skill.took and known else math.ceil(found[0] * self._factor)
             return 0 if await self._make_room(wanted) and await self._load(skill, found) else wanted
+
+    async def _signature(self, skill: Skill) -> Signature:
+        try:
+            return await asyncio.to_thread(signature_of, skill.path)
+        except OSError as error:
+            self.refuse("load", skill.name, error)
+            raise
 
     async def _load(self, skill: Skill, found: Signature) -> bool:
         """Whether it is loaded now, and within the limit."""
@@ -292,6 +299,12 @@ class Resident:
             await asyncio.wait_for(self._freed.wait(), min(left, LOOK_EVERY))
 
     def _full(self, skill: Skill, wanted: int) -> LibraryFullError:
+        if wanted > self.budget.limit:
+            return LibraryFullError(
+                f"the skill {skill.name!r} takes {wanted:,} bytes, and there are "
+                f"{self.budget.limit:,} for all loaded skills: start the server with a larger "
+                "--resident"
+            )
         pinned = sum(kept.nbytes for kept in self.budget.all() if kept.pinned)
         return LibraryFullError(
             f"there is no room for the skill {skill.name!r}: it takes {wanted:,} bytes, and of the "

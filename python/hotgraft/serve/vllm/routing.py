@@ -13,6 +13,7 @@ also for who wants a stream, and the digest is that of the weights that answer.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -88,7 +89,9 @@ class SkillModels(OpenAIServingModels):  # type: ignore[misc]
         """Whether requests may name it; note that this one does."""
         skill = self.hotgraft.get(model_name)
         asked = _asked.get()
-        if asked is not None:
+        if asked is not None and (
+            skill is None or asked.lease is None or asked.lease.skill is not skill
+        ):
             asked.lease = None if skill is None else self.hotgraft.lease(skill)
         return super().is_base_model(model_name) or (skill is not None and asked is not None)
 
@@ -101,18 +104,22 @@ class SkillModels(OpenAIServingModels):  # type: ignore[misc]
     async def show_available_models(self) -> Any:
         """As vLLM's, with a card for each skill."""
         found = await super().show_available_models()
-        base = self.base_model_paths[0].name
-        for name in self.hotgraft:
-            found.data.append(
-                ModelCard(
-                    id=name,
-                    root=base,
-                    parent=base,
-                    max_model_len=self.model_config.max_model_len,
-                    permission=[ModelPermission()],
-                )
-            )
+        # Of thousands: others are answered meanwhile.
+        found.data += await asyncio.to_thread(self._cards, list(self.hotgraft))
         return found
+
+    def _cards(self, names: list[str]) -> list[ModelCard]:
+        base, longest = self.base_model_paths[0].name, self.model_config.max_model_len
+        return [
+            ModelCard(
+                id=name,
+                root=base,
+                parent=base,
+                max_model_len=longest,
+                permission=[ModelPermission()],
+            )
+            for name in names
+        ]
 
 
 def route(client: Any, skills: Skills) -> None:
