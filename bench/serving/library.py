@@ -136,9 +136,9 @@ async def measure(llm: Any, folder: Path, known: int, given: Any) -> dict[str, A
         held = sum(skill.nbytes for skill in ranks.skills.values())
         assert held == skills.resident.budget.nbytes <= skills.resident.budget.limit
     walked = memory()
+    counts = dataclasses.asdict(skills.resident.counts)
     pair = [skill.name for skill in skills.resident.budget.all()[-2:]]
     tokens = await first_tokens(llm, skills, pair, given.tokens)
-    counts = dataclasses.asdict(skills.resident.counts)
     for skill in list(skills.values()):
         if skill.loaded:
             await skills.unload(skill.name)

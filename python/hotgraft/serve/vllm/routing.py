@@ -42,6 +42,8 @@ class Asked:
         """On the skill that it names; None is the base."""
         self.held: Lease | None = None
         """The same once it was entered."""
+        self.refused = False
+        """It could not be loaded, and the response says so already."""
         self._ended = False
 
     def hold(self) -> None:
@@ -145,9 +147,12 @@ def route(client: Any, skills: Skills) -> None:
         assert asked.lease is not None
         asked.hold()
         sampling_params.extra_args = {**given, ARGUMENT: skill.name}
-        return _outputs(asked.lease, plain_generate(prompt, sampling_params, *args, **kwargs))
+        outputs = plain_generate(prompt, sampling_params, *args, **kwargs)
+        return _outputs(asked, asked.lease, outputs)
 
-    async def _outputs(lease: Lease, outputs: Any) -> Any:
+    async def _outputs(asked: Asked, lease: Lease, outputs: Any) -> Any:
+        if asked.refused:
+            return
         try:
             async with contextlib.aclosing(skills.serving(lease, outputs)) as served:
                 async for output in served:
@@ -188,11 +193,10 @@ class Middleware:
             return
         if scope["path"].rstrip("/").endswith("/metrics"):
             await self._before_metrics()
-        asked, refused = Asked(), False
+        asked = Asked()
 
         async def send_named(message: Any) -> None:
-            nonlocal refused
-            if refused:
+            if asked.refused:
                 return
             if message["type"] == "http.response.start":
                 if _is_stream(message):  # some ask the engine only when they are read
@@ -201,7 +205,7 @@ class Middleware:
                     try:
                         skill = await asked.held.ready()
                     except Exception as error:
-                        refused = True  # what was to be sent is of no use
+                        asked.refused = True  # what was to be sent is of no use
                         await failure(error)(scope, receive, send)
                         return
                     header = (HEADER, skill.digest.encode())
