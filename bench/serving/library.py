@@ -2,7 +2,7 @@
 
 Run in vLLM's environment, from any folder but the repository's root:
 
-    python -P .../bench/serving/library.py --out .../bench/serving/results/DATE-library.jsonl
+    python .../bench/serving/library.py --out .../bench/serving/results/DATE-library.jsonl
 
 vLLM's engine with hotgraft's workers and scheduler in this process, and the server's own `Skills`
 in front of it, over folders of 10, 500 and 5,000 files. The files are real ones: every one states
@@ -15,32 +15,24 @@ import argparse
 import asyncio
 import dataclasses
 import itertools
-import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from patch import SIZES, environment  # sets vLLM's variables, and so comes first
-
-# isort: split
-import hotgraft
+import lab
 import numpy as np
 import torch
+from hotgraft import Graft
 from hotgraft.errors import HotgraftError
 from hotgraft.format import Group
 from hotgraft.serve.vllm import core
 from hotgraft.serve.vllm.scheduler import ARGUMENT
 from hotgraft.serve.vllm.skills import Skills
 from hotgraft.serve.vllm.worker import connect
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 
 KNOWN = (10, 500, 5000)
@@ -57,11 +49,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="first tokens of loaded skills")
     parser.add_argument("--passes", type=int, default=2)
     given = parser.parse_args()
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16().save_pretrained(folder / "base")
-        folders = write(folder)
+        folders = write(folder, lab.skill(lab.checkpoint(folder / "base"), DENSITY))
         llm = LLM(
             str(folder / "base"),
             skip_tokenizer_init=True,
@@ -78,21 +68,14 @@ def main() -> None:
             for known in KNOWN
         ]
         assert llm.apply_model(checksum) == bits, "the weights are not the base's any more"
-    with given.out.open("a") as file:
-        for row in [{"kind": "environment", **environment()}, *rows]:
-            file.write(json.dumps(row) + "\n")
+    lab.append(given.out, [lab.environment(), *rows])
     for row in rows:
         shown = {k: statistics.median(v) if isinstance(v, list) else v for k, v in row.items()}
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in shown.items()})
 
 
-def write(folder: Path) -> dict[int, Path]:
-    """Folders with so many different skills each."""
-    base = load_file(folder / "base" / "model.safetensors")
-    linear = [name for name in base if name.endswith("proj.weight")]
-    chosen = {n: torch.rand(base[n].shape) < DENSITY for n in linear}
-    tuned = {n: torch.where(chosen[n], base[n] * 1.5 + 0.01, base[n]) for n in linear}
-    one = hotgraft.diff({n: base[n] for n in linear}, tuned)
+def write(folder: Path, one: Graft) -> dict[int, Path]:
+    """Folders with so many different skills each, of the size of this one."""
     folders = {known: folder / str(known) for known in KNOWN}
     for path in folders.values():
         path.mkdir()
@@ -103,7 +86,7 @@ def write(folder: Path) -> dict[int, Path]:
         }
         groups["BF16"].new[:2] ^= np.array([i // 128, 0], groups["BF16"].new.dtype)
         name = f"s{i:04}.graft.safetensors"
-        hotgraft.Graft(one.rows, groups, one.provenance).save(folders[max(KNOWN)] / name)
+        Graft(one.rows, groups, one.provenance).save(folders[max(KNOWN)] / name)
         for known in KNOWN[:-1]:
             if i < known:
                 os.link(folders[max(KNOWN)] / name, folders[known] / name)
