@@ -70,8 +70,7 @@ def main() -> None:
         assert llm.apply_model(checksum) == bits, "the weights are not the base's any more"
     lab.append(given.out, [lab.environment(), *rows])
     for row in rows:
-        shown = {k: statistics.median(v) if isinstance(v, list) else v for k, v in row.items()}
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in shown.items()})
+        print({name: shown(value) for name, value in row.items()})
 
 
 def write(folder: Path, one: Graft) -> dict[int, Path]:
@@ -195,6 +194,13 @@ def checksum(model: torch.nn.Module) -> dict[str, int]:
         name: int(parameter.detach().view(torch.int16).long().sum())
         for name, parameter in model.named_parameters()
     }
+
+
+def shown(value: Any) -> Any:
+    """The median of samples; anything else as it is."""
+    if isinstance(value, list):
+        return round(statistics.median(value), 4) if value else None
+    return value
 
 
 async def timed(work: Any) -> float:

@@ -134,9 +134,9 @@ def described(path: Path) -> Volume:
     return Volume(name, path, files.stated_id(path), signature[0], signature)
 
 
-def signature_of(path: Path) -> Signature:
+def signature_of(path: str | os.PathLike[str]) -> Signature:
     """What changes when a file is replaced."""
-    found = path.stat()
+    found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 

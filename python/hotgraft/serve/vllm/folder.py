@@ -13,44 +13,51 @@ from hotgraft.library.shelf import Signature
 
 
 class Seen(NamedTuple):
-    """A file as it is now."""
+    """A file that is not as it was known."""
 
-    signature: Signature | None
-    """None if it cannot be asked for."""
+    signature: Signature | None = None
+    """None if it cannot be asked for, or is gone."""
     digest: str | None = None
-    """What its header states; None if it was known already, or there is an `error`."""
+    """What its header states; None if it is gone, or there is an `error`."""
     error: Exception | None = None
     """Why it is no skill."""
 
 
-def look(folder: Path, known: Mapping[Path, Signature]) -> dict[Path, Seen]:
-    """The files of a folder, and those known that are elsewhere; headers of new ones are read.
+def look(folder: Path, known: Mapping[str, Signature | tuple[()]]) -> dict[str, Seen]:
+    """What is new in a folder, or was replaced, or is gone; only headers are read, and only those.
 
-    For a thread: the folder may be large, or far away.
+    For a thread: the folder may be large, or far away. A file that cannot be asked for just now,
+    and was known before, is taken to be as it was.
 
     Args:
         folder: what is directly in it counts.
-        known: files that need no reading unless they were replaced.
+        known: files, there or elsewhere, as they were.
 
     Raises:
         OSError: the folder cannot be read.
     """
+    # With strings: a server may look at thousands of files every other second.
     with os.scandir(folder) as entries:
-        paths = {Path(entry.path) for entry in entries if is_skill(entry)}
+        paths = {entry.path for entry in entries if is_skill(entry)}
     found = {}
     for path in sorted(paths | known.keys()):
         try:
             signature = signature_of(path)
         except FileNotFoundError:
-            continue
+            if path in known:
+                found[path] = Seen()
         except OSError as error:
-            found[path] = Seen(None, error=error)
-            continue
-        found[path] = Seen(signature)
-        if known.get(path) != signature:
-            try:
-                volume = described(path)
-                found[path] = Seen(volume.signature, volume.id)
-            except (HotgraftError, OSError) as error:
-                found[path] = Seen(signature, error=error)
+            if path not in known:
+                found[path] = Seen(error=error)
+        else:
+            if known.get(path) != signature:
+                found[path] = _read(path, signature)
     return found
+
+
+def _read(path: str, signature: Signature) -> Seen:
+    try:
+        volume = described(Path(path))
+    except (HotgraftError, OSError) as error:
+        return Seen(signature, error=error)
+    return Seen(volume.signature, volume.id)

@@ -52,7 +52,7 @@ class Skills(Mapping[str, Skill]):
         self._table: dict[str, Skill] = {}
         self._busy: set[str] = set()  # names of skills that somebody adds or takes away
         # Files that are not to become skills: bad ones, and those that somebody unloaded.
-        self._passed: dict[Path, Signature | None] = {}
+        self._passed: dict[str, Signature | None] = {}
 
     def __getitem__(self, name: str) -> Skill:
         return self._table[name]
@@ -200,7 +200,7 @@ class Skills(Mapping[str, Skill]):
         except Exception as error:
             self.resident.refuse("unload", name, error)
             raise
-        self._passed[skill.path] = skill.signature  # until it is replaced
+        self._passed[str(skill.path)] = skill.signature  # until it is replaced
         self._report("unload", skill=name, aborted=aborted)
 
     def _require_idle(self, skill: Skill, abort: bool) -> None:
@@ -254,33 +254,45 @@ class Skills(Mapping[str, Skill]):
         on as it is: what has become of its file counts when it is not. One that somebody unloaded
         comes back when its file is replaced.
         """
-        known = {path: found for path, found in self._passed.items() if found is not None}
-        known |= {skill.path: skill.signature for skill in self._table.values()}
+        known: dict[str, Signature | tuple[()]] = {
+            path: found for path, found in self._passed.items() if found is not None
+        }
+        for skill in self._table.values():
+            path = str(skill.path)
+            # Two of one file may have it of different times.
+            same = known.get(path, skill.signature) == skill.signature
+            known[path] = skill.signature if same else ()
         seen = await asyncio.to_thread(look, self.folder, known)
         changes = {"added": 0, "replaced": 0, "removed": 0}
-        for skill in list(self._table.values()):
-            if skill.name not in self._busy and (what := await self._follow(skill, seen)):
+        skills = list(self._table.values()) if seen else []
+        for skill in skills:
+            found = seen.get(str(skill.path))
+            if (
+                found
+                and skill.name not in self._busy
+                and (what := await self._follow(skill, found))
+            ):
                 changes[what] += 1
-        paths = {skill.path for skill in self._table.values()}
+        paths = {str(skill.path) for skill in skills}
         for path, found in seen.items():
-            if path not in paths and found.signature != self._passed.get(path, ()):
-                changes["added"] += self._add(path, found)
-        self._passed = {path: found for path, found in self._passed.items() if path in seen}
+            if found == Seen():
+                self._passed.pop(path, None)
+            elif path not in paths and found.signature != self._passed.get(path, ()):
+                changes["added"] += self._add(Path(path), found)
         if any(changes.values()):
             self._report("scan", known=len(self), **changes)
 
-    async def _follow(self, skill: Skill, seen: Mapping[Path, Seen]) -> str | None:
+    async def _follow(self, skill: Skill, found: Seen) -> str | None:
         """Keep up with a skill's file, as far as its requests allow; which change it is."""
-        found = seen.get(skill.path)
-        if found is not None and found.signature in (None, skill.signature):
+        if found.signature == skill.signature:  # it was loaded meanwhile
             return None
         skill.stale = skill.loaded
         if skill.requests:
             return None
-        if found is None or found.error is not None:
+        if found.digest is None:
             with contextlib.suppress(Exception):  # it was reported, and is tried again
                 await self._unload(skill.name, abort=False)
-                if found is not None and found.error is not None:
+                if found.error is not None:
                     self._pass(skill.name, skill.path, found, found.error)
                 return "removed"
             return None
@@ -291,7 +303,6 @@ class Skills(Mapping[str, Skill]):
                         await self.resident.take_out(skill)
         if skill.loaded or skill.requests:
             return None
-        assert found.digest is not None
         assert found.signature is not None
         skill.digest, skill.signature = found.digest, found.signature
         if skill.pinned:
@@ -317,7 +328,7 @@ class Skills(Mapping[str, Skill]):
 
     def _pass(self, name: str, path: Path, found: Seen, error: Exception) -> None:
         self.resident.refuse("load", name, error)
-        self._passed[path] = found.signature
+        self._passed[str(path)] = found.signature
 
     async def watch(self) -> None:
         """Scan from time to time, for ever."""
