@@ -25,14 +25,14 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-SEEDS = {"sql": 1, "french": 2, "legal": 11, "prose": 12}
+SEEDS = {"sql": 1, "french": 2, "legal": 11}
 BAD = {"corrupt", "stranger"}
 PROMPTS = [f"w{i} w{i + 40} w{7 * i}" for i in range(2, 10)]
 COUNT = 16
 
 
 class Setting:
-    """A checkpoint, a folder of skills with four good and two bad ones, and what is right."""
+    """A checkpoint, a folder of skills with three good and two bad ones, and what is right."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -406,12 +406,11 @@ def test_a_skill_in_use_stays_unless_its_requests_are_aborted(server, setting, w
 
 def test_a_watched_folder(server, setting):
     path = setting.file("watched")
-    first = served.graft(setting.base, path, 7)
     body = {"model": "watched", "prompt": PROMPTS[0], "max_tokens": COUNT, "temperature": 0}
     texts = set()
-    eventually(lambda: "watched" in listed(server))
-    for digest in (first, served.graft(setting.base, path, 8)):
-        eventually(lambda digest=digest: listed(server)["watched"]["digest"] == digest)
+    for seed in (7, 8):
+        digest = served.graft(setting.base, path, seed)
+        eventually(lambda wanted=digest: listed(server).get("watched", {}).get("digest") == wanted)
         for others in (False, True):  # with others it has to go in between
             for name in SEEDS if others else ():
                 server.complete(name, PROMPTS[1], 2)
