@@ -12,8 +12,10 @@ from pathlib import Path
 import hotgraft
 import pytest
 import torch
+import typer
 from command import SHARDS, Model, files, place, run, run_json
 from hotgraft import inspection
+from hotgraft.arguments import size
 from hotgraft.errors import FormatError
 from hotgraft.graft import Entries
 from safetensors import safe_open
@@ -410,3 +412,23 @@ def test_version_and_help() -> None:
         assert command in said
         assert "--json" in run(command, "--help")
     assert run("no-such-command", status=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("4096", 4096),
+        ("64KiB", 1 << 16),
+        ("1.5 GiB", 3 << 29),
+        ("2gb", 2 * 10**9),
+        ("3MB", 3 * 10**6),
+    ],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "GiB", "2XB", "1e9", "2 GiB more"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="such as 512MiB"):
+        size(text)

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("prometheus_client")
 
 from hotgraft.errors import FormatError, HotgraftError, SkillInUseError, UnknownSkillError
+from hotgraft.library import folder as library_folder
 from hotgraft.library.folder import ENDING
-from hotgraft.serve.vllm import metrics
+from hotgraft.serve.vllm import folder, metrics
 from hotgraft.serve.vllm.metrics import Events, Metrics
 from skill_toys import SIZE, Toy, digest, load, outputs
 
@@ -226,6 +227,32 @@ def test_a_file_that_was_replaced_is_loaded_when_its_skill_is_idle(toy):
         assert await toy.use("sql") == digest("dd")
         await toy.skills.scan()
         assert toy.consistent()
+
+    asyncio.run(run())
+
+
+def test_a_header_is_read_once_for_each_file_that_is_put_there(toy, monkeypatch):
+    read = []
+
+    def described(path):
+        read.append(path.name.removesuffix(ENDING))
+        return library_folder.described(path)
+
+    monkeypatch.setattr(folder, "described", described)
+
+    async def run():
+        toy.write(sql="aa", french="bb", base="cc")
+        (toy.skills.folder / f"text{ENDING}").write_text("no skill, and it is long enough")
+        await toy.skills.scan()
+        assert sorted(read) == ["base", "french", "sql", "text"]
+        await toy.use("sql")
+        await toy.skills.unload("french")
+        read.clear()
+        await toy.skills.scan()
+        assert not read
+        toy.write(french="dd")
+        await toy.skills.scan()
+        assert read == ["french"]
 
     asyncio.run(run())
 
