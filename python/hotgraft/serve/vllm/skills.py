@@ -284,8 +284,8 @@ class Skills(Mapping[str, Skill]):
 
     async def _follow(self, skill: Skill, found: Seen) -> str | None:
         """Keep up with a skill's file, as far as its requests allow; which change it is."""
-        if found.signature == skill.signature:  # it was loaded meanwhile
-            return None
+        if found.signature == skill.signature or self._table.get(skill.name) is not skill:
+            return None  # it was loaded, or unloaded, meanwhile
         skill.stale = skill.loaded
         if skill.requests:
             return None
@@ -304,7 +304,7 @@ class Skills(Mapping[str, Skill]):
         if skill.loaded or skill.requests:
             return None
         assert found.signature is not None
-        skill.digest, skill.signature = found.digest, found.signature
+        skill.digest, skill.signature, skill.failure = found.digest, found.signature, None
         if skill.pinned:
             self.resident.hint(skill)
         return "replaced"
