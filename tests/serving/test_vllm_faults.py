@@ -147,6 +147,8 @@ def test_a_worker_that_dies_in_a_switch_ends_the_server_and_nobody_waits(pair):
     """As in vLLM: all clients are told, and the server ends, so that it can be started again."""
     processes = psutil.Process(pair.process.pid).children(recursive=True)
     assert len(processes) >= 3  # the engine's, and one a rank
+    # One skill is loaded at a time, and the next one's load never ends.
+    assert pair.admin("POST", "/v1/skills/fatal/pin")[0] == 200
     with ThreadPoolExecutor(1) as pool:
         endless = pool.submit(load, pair, "endless")
         while pair.admin("DELETE", "/v1/skills/endless")[0] != 409:  # until it is being loaded
