@@ -16,7 +16,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from hotgraft.errors import (
     DeviceMemoryError,
@@ -49,6 +49,17 @@ class LoadRequest(BaseModel):
     """In the folder of skills; without it, the name with the usual suffix."""
     cast: bool = False
     """As in `Host.load`."""
+
+
+class ComposeRequest(BaseModel):
+    """What to compose."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    skills: list[str] = Field(min_length=1)
+    policy: str = "refuse"
+    weights: list[float] | None = None
+    """One for each skill; 1 by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +132,18 @@ def router(skills: Skills, keys: Keys, report: Callable[..., None]) -> APIRouter
             _require(keys, request, "load", wanted.name)
             path = skills.find(wanted.name, wanted.file)
             skill = await skills.load(wanted.name, path, cast=wanted.cast)
+            return JSONResponse(_card(skills, skill), HTTPStatus.CREATED)
+        except (HotgraftError, OSError, MemoryError) as error:
+            return failure(error)
+
+    @routes.post("/v1/compositions")
+    async def compose_skills(wanted: ComposeRequest, request: Request) -> Response:
+        """Make a skill of several, and load it; its file is in the folder."""
+        try:
+            _require(keys, request, "compose", wanted.name)
+            skill = await skills.compose(
+                wanted.name, wanted.skills, policy=wanted.policy, weights=wanted.weights
+            )
             return JSONResponse(_card(skills, skill), HTTPStatus.CREATED)
         except (HotgraftError, OSError, MemoryError) as error:
             return failure(error)
@@ -208,6 +231,7 @@ def _described(skill: Skill) -> dict[str, Any]:
 STATUS: tuple[tuple[type[BaseException], HTTPStatus], ...] = (
     (UnknownSkillError, HTTPStatus.NOT_FOUND),
     (FileNotFoundError, HTTPStatus.NOT_FOUND),
+    (FileExistsError, HTTPStatus.CONFLICT),
     (SkillInUseError, HTTPStatus.CONFLICT),
     (LibraryFullError, HTTPStatus.SERVICE_UNAVAILABLE),
     (DeviceMemoryError, HTTPStatus.INSUFFICIENT_STORAGE),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hotgraft.errors import HotgraftError, SkillInUseError, UnknownSkillError
 from hotgraft.library.folder import ENDING, described
 from hotgraft.library.shelf import Signature
+from hotgraft.serve.vllm.compositions import write_composition
 from hotgraft.serve.vllm.folder import Seen, look
 from hotgraft.serve.vllm.leases import Lease, Skill
 from hotgraft.serve.vllm.resident import Ranks, Resident
@@ -152,6 +153,54 @@ class Skills(Mapping[str, Skill]):
             if is_new and self._table.get(name) is skill:
                 del self._table[name]
                 self.resident.forget(skill)
+            raise
+
+    async def compose(
+        self,
+        name: str,
+        parts: Sequence[str],
+        *,
+        policy: str = "refuse",
+        weights: Sequence[float] | None = None,
+    ) -> Skill:
+        """Make a skill of several: a file of its own in the folder, and loaded as any other.
+
+        It stays what it is when its parts are replaced or leave.
+
+        Args:
+            name: what to call it, and its file.
+            parts: names of skills; each once.
+            policy, weights: as in `hotgraft.compose`.
+
+        Raises:
+            FileExistsError: there is a file for that name.
+            OverlapError, BaseMismatchError, NonFiniteError, GraftError: they cannot be composed.
+            Exception: as `load`; after an error there is no such file.
+        """
+        making = self._compose(name, parts, policy, weights)
+        return await asyncio.shield(asyncio.ensure_future(making))
+
+    async def _compose(
+        self, name: str, parts: Sequence[str], policy: str, weights: Sequence[float] | None
+    ) -> Skill:
+        path = self.folder / f"{name}{ENDING}"
+        try:
+            if "/" in name or name.startswith("."):
+                raise HotgraftError(f"{name!r} is no name for a file of the folder of skills")
+            if len(set(parts)) < len(parts):
+                raise HotgraftError(f"a skill is named twice in {', '.join(map(repr, parts))}")
+            named = {part: self.known(part) for part in parts}
+            with self._holding(name):
+                self._require_free(name, path)
+                await asyncio.to_thread(write_composition, path, named, policy, weights)
+        except Exception as error:
+            self.resident.refuse("compose", name, error)
+            raise
+        try:
+            return await self.load(name, path)
+        except Exception:  # it was reported
+            if name not in self._table:
+                path.unlink(missing_ok=True)
             raise
 
     def _require_free(self, name: str, path: Path) -> None:
