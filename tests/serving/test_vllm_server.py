@@ -29,6 +29,7 @@ SEEDS = {"sql": 1, "french": 2, "legal": 11}
 BAD = {"corrupt", "stranger"}
 PROMPTS = [f"w{i} w{i + 40} w{7 * i}" for i in range(2, 10)]
 COUNT = 16
+BOTH = {"skills": ["sql", "french"], "policy": "sum", "weights": [1.0, 0.5]}
 
 
 class Setting:
@@ -74,6 +75,10 @@ class Setting:
                 (output,) = llm.generate(prompt, sampling, use_tqdm=False)
                 found[name, prompt] = output.outputs[0].text
             ranks.deactivate()
+        ranks.activate(*BOTH["skills"], policy=BOTH["policy"], weights=BOTH["weights"])
+        llm.reset_prefix_cache()
+        (output,) = llm.generate(PROMPTS[0], sampling, use_tqdm=False)
+        found["both", PROMPTS[0]] = output.outputs[0].text
         llm.llm_engine.engine_core.shutdown()
         return found
 
@@ -348,6 +353,25 @@ def test_load_use_unload_and_load_another_of_that_name(server, setting):
         body = {"model": "third", "prompt": "w5"}
         assert server.request("POST", "/v1/completions", body)[0] == 404
     assert len({*texts, server.complete("toy", PROMPTS[0], COUNT)}) == 3
+
+
+def test_skills_are_composed_by_request(server, setting, wanted):
+    body = {"name": "both", **BOTH}
+    assert server.request("POST", "/v1/compositions", body)[0] == 401
+    status, card, _ = server.admin("POST", "/v1/compositions", body)
+    assert status == 201, card
+    grafts = [hotgraft.Graft.load(setting.file(name)) for name in BOTH["skills"]]
+    assert card["digest"] == hotgraft.compose(grafts, BOTH["policy"], BOTH["weights"]).id
+    assert server.complete("both", PROMPTS[0], COUNT) == wanted["both", PROMPTS[0]]
+    assert len({wanted[name, PROMPTS[0]] for name in ("both", "sql", "french")}) == 3
+    status, kind, message = error_of(
+        server.admin("POST", "/v1/compositions", {"name": "more", "skills": BOTH["skills"]})
+    )
+    assert (status, kind) == (422, "OverlapError")
+    assert "french and sql" in message
+    assert server.admin("POST", "/v1/compositions", body)[0] == 409
+    assert server.admin("DELETE", "/v1/skills/both")[0] == 200
+    setting.file("both").unlink()
 
 
 def test_what_cannot_be_loaded(server, setting, wanted):
