@@ -2,7 +2,7 @@
 
 Run in vLLM's environment, from any folder but the repository's root:
 
-    python .../bench/serving/overhead.py --out .../bench/serving/results/DATE-traffic.jsonl
+    python .../bench/serving/overhead.py --out .../bench/serving/results/DATE-overhead.jsonl
 
 | variant | |
 |---|---|
@@ -16,6 +16,7 @@ Run in vLLM's environment, from any folder but the repository's root:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -159,9 +160,10 @@ def _plain(folder: Path, dtype: str, pipe: Connection) -> None:
     ask, step = variant(lab.Engine(folder / "base", dtype=dtype))
     assert "hotgraft" not in Factory._registry
     pipe.send("ready")
-    while True:
-        what, *args = pipe.recv()
-        pipe.send({"ask": ask, "step": step}[what](*args))
+    with contextlib.suppress(EOFError):  # until the other end is closed
+        while True:
+            what, *args = pipe.recv()
+            pipe.send({"ask": ask, "step": step}[what](*args))
 
 
 def kernels(dtype: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Tables of traffic, for docs/vllm.md, from the rows:
 
-python bench/serving/tables.py bench/serving/results/DATE-traffic.jsonl
+python bench/serving/tables.py bench/serving/results/DATE-traffic.jsonl  # or DATE-overhead.jsonl
 """
 
 from __future__ import annotations
