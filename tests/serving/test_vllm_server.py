@@ -364,12 +364,13 @@ def test_skills_are_composed_by_request(server, setting, wanted):
     assert card["digest"] == hotgraft.compose(grafts, BOTH["policy"], BOTH["weights"]).id
     assert server.complete("both", PROMPTS[0], COUNT) == wanted["both", PROMPTS[0]]
     assert len({wanted[name, PROMPTS[0]] for name in ("both", "sql", "french")}) == 3
-    status, kind, message = error_of(
-        server.admin("POST", "/v1/compositions", {"name": "more", "skills": BOTH["skills"]})
-    )
-    assert (status, kind) == (422, "OverlapError")
-    assert "french and sql" in message
-    assert server.admin("POST", "/v1/compositions", body)[0] == 409
+    for wrong, status in (
+        ({}, 409),
+        ({"name": "more", "policy": "average"}, 422),
+        ({"name": "more", "skills": ["sql", "poems"]}, 404),
+        ({"name": "more", "skills": []}, 400),
+    ):
+        assert server.admin("POST", "/v1/compositions", body | wrong)[0] == status
     assert server.admin("DELETE", "/v1/skills/both")[0] == 200
     setting.file("both").unlink()
 
