@@ -78,6 +78,33 @@ def test_regions_find_what_each_view_finds(data: st.DataObject) -> None:
     assert found == wanted
 
 
+def test_single_elements_in_several_places_are_all_found() -> None:
+    """A scale that a loader copies into two parameters, and a vector that it copies one by one."""
+    model = nn.ParameterDict(
+        {name: torch.zeros(size) for name, size in zip("abv", (1, 1, 3), strict=True)}
+    )
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == "scale":
+                model["a"].data.copy_(tensor)
+                model["b"].data.copy_(tensor)
+            for i in range(3 if name == "v" else 0):
+                model["v"].data[i].copy_(tensor[i])
+
+    state = {"scale": torch.ones(1), "v": torch.arange(3.0)}
+    load(state.items())
+    with open_weights(state) as weights:
+        found = trace(model, load, weights.specs)
+        found.verify(weights)
+    tuned = {name: tensor + 1 for name, tensor in state.items()}
+    placed, which = found.place(hotgraft.diff(state, tuned), model)
+    assert which.all()
+    assert {name: placed[name].indices.tolist() for name in placed.names} == {
+        "a": [0], "b": [0], "v": [0, 1, 2]
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("way", ["columns", "rows", "steps", "both"])
 def test_thousands_of_regions_are_searched_together(way: str) -> None:
     count = 1024

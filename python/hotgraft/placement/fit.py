@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import NoReturn, TypeAlias
 
@@ -209,7 +210,11 @@ def assemble(graft: Graft, parts: Sequence[Part]) -> Graft:
         dtype: Group(*(np.concatenate(column) for column in zip(*group, strict=True)))
         for dtype, group in arrays.items()
     }
-    return Graft(rows, groups, graft.provenance, checked=True)
+    entries = sum(
+        row.count for row in rows
+    )  # more than the graft's where one lies in several places
+    eligible = max(graft.provenance.eligible, entries)
+    return Graft(rows, groups, replace(graft.provenance, eligible=eligible), checked=True)
 
 
 def _cast(

@@ -53,7 +53,7 @@ def carried(firsts: Sequence[Any], sizes: Sequence[int], strides: Sequence[int])
         strides: the largest first.
     """
     reach: Any = 0
-    found: Any = np.False_
+    found: Any = np.zeros(np.shape(firsts[0]), np.bool_)  # of single elements too
     for first, size, stride in zip(firsts[::-1], sizes[::-1], (1, *strides[::-1]), strict=True):
         found = found | (reach >= stride)
         reach = reach + (first + size - 1) * stride
