@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hotgraft.errors import LayoutError
+from hotgraft.host import Host
 from hotgraft.placement import Order, trace
 from hotgraft.weights import open_weights
 from safetensors.torch import save_file
@@ -61,7 +62,9 @@ def test_grafts_find_their_places_in_a_rearranged_matrix(server):
     tuned = {name: torch.where(torch.rand(t.shape) < 0.3, t * 2, t) for name, t in state.items()}
     placed, which = found.place(hotgraft.diff(state, tuned), model)
     assert which.all()
-    host = hotgraft.attach(model)
+    with pytest.raises(LayoutError, match=r"'fused'.* another order"):
+        hotgraft.attach(model)
+    host = Host(model)
     host.load(placed, name="tuned")
     host.activate("tuned")
     assert torch.equal(order.plain(model.fused), torch.cat([tuned["a"], tuned["b"]]))

@@ -491,5 +491,8 @@ def attach(
             stream is another device's.
         GateError: a host is attached to the model already.
         GraftError: it has no parameters.
+        LayoutError: somebody put its elements into another order (`hotgraft.placement.Order`), so
+            that grafts need a trace: `hotgraft.serve.rank.Rank` has one.
     """
+    placement.refuse_rearranged(model)
     return Host(model, base_id=base_id, backend=backend, stream=stream)

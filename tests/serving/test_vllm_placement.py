@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import checkpoints
@@ -10,6 +11,7 @@ import pytest
 import ranks
 import torch
 from hotgraft.errors import LayoutError
+from hotgraft.host import Host
 from hotgraft.placement import Order, trace
 from hotgraft.weights import open_weights
 from safetensors.torch import load_file, save_file
@@ -72,13 +74,18 @@ def compare_packed(
         found.verify(weights)
     placed, which = found.place(graft, model)
     assert which.any()
-    assert_equal(as_loaded(model), before, checkpoint.name)
-    host = hotgraft.attach(model)
+    assert_equal(bits(model), before, checkpoint.name)
+    assert hotgraft.fingerprint(model) == hotgraft.fingerprint(before)
+    with pytest.raises(LayoutError, match="another order"):
+        hotgraft.attach(model)
+    with pytest.raises(LayoutError, match="neither copied nor pickled"):
+        copy.deepcopy(model)
+    host = Host(model)
     host.load(placed, name="tuned")
     host.activate("tuned")
-    assert_equal(as_loaded(model), live, checkpoint.name)
+    assert_equal(bits(model), live, checkpoint.name)
     host.detach(force=True)
-    assert_equal(as_loaded(model), before, checkpoint.name)
+    assert_equal(bits(model), before, checkpoint.name)
     refuse_loading(model)
     with pytest.raises(LayoutError, match="packed"):
         model.load_weights([])
@@ -86,14 +93,6 @@ def compare_packed(
 
 def packed_names(model: torch.nn.Module) -> set[str]:
     return {name for name, tensor in model.named_parameters() if Order.of(tensor) is not None}
-
-
-def as_loaded(model: torch.nn.Module) -> State:
-    found = bits(model)
-    for name, tensor in model.named_parameters():
-        if (order := Order.of(tensor)) is not None:
-            found[name] = order.plain(tensor)
-    return found
 
 
 def bits(model: torch.nn.Module) -> State:

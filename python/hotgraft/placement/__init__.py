@@ -2,7 +2,7 @@
 
 from hotgraft.placement.fit import fit, refuse_nonfinite
 from hotgraft.placement.names import Names
-from hotgraft.placement.orders import Order
+from hotgraft.placement.orders import Order, refuse_rearranged
 from hotgraft.placement.overlay import expected_bits, share_cells
 from hotgraft.placement.plain import Backends, Launch, Plan, compile_plan, resolve_backends
 from hotgraft.placement.regions import Region, View
@@ -30,6 +30,7 @@ __all__ = [
     "find_slots",
     "fit",
     "refuse_nonfinite",
+    "refuse_rearranged",
     "resolve_backends",
     "share_cells",
     "trace",

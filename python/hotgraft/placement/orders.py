@@ -7,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from hotgraft.errors import LayoutError
 from hotgraft.placement.memory import Offsets
+from hotgraft.weights import sample
 
 _ATTRIBUTE = "_hotgraft_order"
 _ROWS = 1024  # at a time
@@ -54,3 +56,13 @@ class Order(NamedTuple):
             part = slice(at, at + _ROWS)
             found[part] = flat[rows[part, None] + columns]
         return found
+
+
+def refuse_rearranged(model: torch.nn.Module) -> None:
+    """Raises `LayoutError` for a model some of whose parameters have an `Order`."""
+    rearranged = [name for name, p in model.named_parameters() if Order.of(p) is not None]
+    if rearranged:
+        raise LayoutError(
+            f"the elements of {sample(rearranged)} are in another order than the checkpoint's "
+            "(packed for a CPU), so a graft would hit others; load grafts by the server's own calls"
+        )

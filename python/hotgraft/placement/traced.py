@@ -68,10 +68,13 @@ class Trace:
         """
         total = sum(prod(spec.shape) for spec in self.specs.values())
         done = 0
+        at, loaded = "", torch.empty(0)  # regions of one slot mostly follow one another
         for name, regions in self.regions.items():
             whole = checkpoint.tensor(name)
             for region in regions:
-                held = region.target.within(_as_loaded(self.slots[region.slot].tensor))
+                if region.slot != at:
+                    at, loaded = region.slot, _as_loaded(self.slots[region.slot].tensor)
+                held = region.target.within(loaded)
                 wanted = region.source.within(whole).to(held.device, held.dtype)
                 kind = _INTEGERS[held.element_size()]
                 if not torch.equal(held.view(kind), wanted.view(kind)):

@@ -14,7 +14,7 @@ import torch
 from hotgraft import placement
 from hotgraft.errors import LayoutError, SkillInUseError, UnknownSkillError
 from hotgraft.graft import Graft
-from hotgraft.host import Host, attach
+from hotgraft.host import Host
 from hotgraft.ledger import require_name
 from hotgraft.weights import Checkpoint, sample
 
@@ -67,7 +67,7 @@ class Rank:
         self._model = model
         self.trace = placement.trace(model, load, checkpoint.specs)
         self.trace.verify(checkpoint)
-        self.host: Host = attach(model)
+        self.host = Host(model)  # `attach` is for models in the order of their checkpoints
         # Begun, and neither kept nor withdrawn: by whom, and what comes of it.
         self._coming: dict[str, tuple[str, Future[Prepared]]] = {}
         self._kept: dict[str, str] = {}  # who began what is loaded

@@ -57,6 +57,12 @@ class Packed:
             return None
         return found
 
+    def __reduce__(self) -> NoReturn:
+        raise LayoutError(
+            "a model with packed weights can be neither copied nor pickled; copy its state_dict(), "
+            "which has the weights as they were loaded"
+        )
+
     def __call__(
         self,
         x: torch.Tensor,
@@ -80,24 +86,31 @@ def keep_weights_live() -> None:
         utils.dispatch_cpu_unquantized_gemm = _keep
 
 
-def pack(model: torch.nn.Module) -> None:
+def pack(model: torch.nn.Module, *, head: bool = True) -> None:
     """Let layers that compute with their own weights on a CPU have them packed, and still live.
 
     Nothing that does not know of their order may write into them: `load_weights` of this model is
-    an error from then on, once it has been traced (`refuse_loading`).
+    an error from then on, once it has been traced (`refuse_loading`). `state_dict()` has the
+    weights as they were loaded.
 
     Args:
         model: what vLLM has loaded under `keep_weights_live`.
+        head: whether the head is packed too; vLLM reads one of another data type by itself.
     """
-    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+    # Of these the product alone reads the weights, where they are not tied to an embedding.
+    kinds = (ColumnParallelLinear, RowParallelLinear, *([ParallelLMHead] if head else []))
     users = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for layer in model.modules():
-        # Of these the product alone reads the weights, where they are not tied to an embedding.
-        weight = getattr(layer, "weight", None)
-        if isinstance(layer, LinearBase | ParallelLMHead) and users[id(weight)] == 1:
+        if isinstance(layer, kinds) and users[id(getattr(layer, "weight", None))] == 1:
             _pack(layer)
+
+
+def is_packed(model: torch.nn.Module) -> bool:
+    """Whether a parameter of a model is in another order than its checkpoint's."""
+    return any(Order.of(parameter) is not None for parameter in model.parameters())
 
 
 def refuse_loading(model: torch.nn.Module) -> None:
@@ -107,15 +120,17 @@ def refuse_loading(model: torch.nn.Module) -> None:
         model: what `load_weights` shall be an error of, if it has packed weights.
     """
 
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise LayoutError(
-            "the weights of this model are packed, so vLLM's loader cannot write them in place; "
-            "load grafts, or start vLLM with worker_extension_cls="
-            "'hotgraft.serve.vllm.worker.Grafts', which leaves them as they are"
-        )
-
-    if any(Order.of(parameter) is not None for parameter in model.parameters()):
+    if is_packed(model):
         vars(model)["load_weights"] = refuse
+
+
+def refuse(*_: Any, **__: Any) -> NoReturn:
+    """Raises `LayoutError`: weights are packed, and somebody wants to write them in place."""
+    raise LayoutError(
+        "the weights of this model are packed, so vLLM's loader cannot write them in place; "
+        "load grafts, or start vLLM with worker_extension_cls="
+        "'hotgraft.serve.vllm.worker.Grafts', which leaves them as they are"
+    )
 
 
 def _keep(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - vLLM's signature
@@ -132,6 +147,20 @@ def _pack(layer: Any) -> None:
         weight.data = packed.memory.view(weight.shape)
         packed.order.put_on(weight)
         layer.cpu_linear = packed
+        layer.register_state_dict_post_hook(_say_as_loaded)
+
+
+def _say_as_loaded(
+    layer: torch.nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+) -> None:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    order = Order.of(weight)
+    if order is not None and f"{prefix}weight" in state:
+        state[f"{prefix}weight"] = order.plain(weight)
 
 
 def _can_pack() -> bool:

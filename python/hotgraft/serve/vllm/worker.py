@@ -16,7 +16,15 @@ from vllm.platforms import current_platform
 from hotgraft.errors import LayoutError
 from hotgraft.serve.rank import Prepared, Rank
 from hotgraft.serve.ranks import Ranks, error_of
-from hotgraft.serve.vllm.live import keep_weights_live, pack, packed_layers, refuse_loading
+from hotgraft.serve.vllm.live import (
+    is_packed,
+    keep_weights_live,
+    pack,
+    packed_layers,
+    refuse,
+    refuse_loading,
+)
+from hotgraft.serve.vllm.plugin import BACKEND
 from hotgraft.serve.vllm.steps import SkillSteps
 from hotgraft.weights import open_weights, sample
 
@@ -66,10 +74,26 @@ class SkillWorker(SkillSteps, Worker, Grafts):  # type: ignore[misc]
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and compare it with its checkpoint, tensor by tensor."""
         super().load_model(*args, **kwargs)
-        if self.vllm_config.model_config.enforce_eager:  # a compiled graph cannot hold them
-            pack(self.get_model())
+        config = self.vllm_config.model_config
+        if config.enforce_eager:  # a compiled graph cannot hold packed ones
+            pack(self.get_model(), head=config.head_dtype == config.dtype)
         rank_of(self.get_model(), self.vllm_config)
         refuse_loading(self.get_model())
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; a LayoutError before it begins, where weights are packed."""
+        if is_packed(self.get_model()):
+            refuse()
+        super().reload_weights(*args, **kwargs)
+
+    def start_weight_update(self) -> None:
+        """As vLLM's; a LayoutError before it begins, where weights are packed and would be written
+        by another backend than hotgraft's.
+        """
+        transfer = self.vllm_config.weight_transfer_config
+        if is_packed(self.get_model()) and getattr(transfer, "backend", None) != BACKEND:
+            refuse()
+        super().start_weight_update()
 
     @property
     def hotgraft_live(self) -> str | None:
