@@ -231,6 +231,38 @@ def test_a_file_that_was_replaced_is_loaded_when_its_skill_is_idle(toy):
     asyncio.run(run())
 
 
+def test_a_skill_that_is_just_leaving_is_not_taken_for_its_new_file(tmp_path):
+    toy = Toy(tmp_path, room=1)
+    plain, leaving = toy.skills.resident._scheduler, asyncio.Event()
+
+    async def slow(method, name, *rest):
+        if method == "drop":  # a step is running
+            leaving.set()
+            await asyncio.sleep(0.1)
+        return await plain(method, name, *rest)
+
+    async def run():
+        toy.write(sql="aa", other="bb")
+        await toy.skills.scan()
+        await toy.use("sql")
+        toy.skills.resident._scheduler = slow
+        toy.unfinished = {"sql"}  # so it stays
+        evicting = asyncio.ensure_future(toy.use("other"))
+        await leaving.wait()
+        toy.write(sql="cc")
+        await toy.skills.scan()
+        evicting.cancel()
+        await toy.idle()
+        assert toy.consistent()
+        assert toy.loaded == {"sql": digest("aa")}
+        toy.unfinished = set()
+        await toy.skills.scan()
+        assert await toy.use("sql") == digest("cc")
+        assert toy.consistent()
+
+    asyncio.run(run())
+
+
 def test_a_header_is_read_once_for_each_file_that_is_put_there(toy, monkeypatch):
     read = []
 

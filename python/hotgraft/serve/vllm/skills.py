@@ -237,20 +237,23 @@ class Skills(Mapping[str, Skill]):
                 skill = self.known(name)
                 self._require_idle(skill, abort)
                 async with self.resident.changing():
-                    self._require_idle(skill, abort)
-                    del self._table[name]  # from here on who names it is told that it is unknown
-                    try:
-                        loaded = skill.loaded
-                        aborted = await self.resident.take_out(skill, abort=abort) if loaded else 0
-                    except BaseException:
-                        self._table[name] = skill
-                        raise
-                    self.resident.forget(skill)
+                    await self._remove(skill, abort)
         except Exception as error:
             self.resident.refuse("unload", name, error)
             raise
+
+    async def _remove(self, skill: Skill, abort: bool = False) -> None:
+        """Forget a skill, in `changing` and with its name held."""
+        self._require_idle(skill, abort)
+        del self._table[skill.name]  # from here on who names it is told that it is unknown
+        try:
+            aborted = await self.resident.take_out(skill, abort=abort) if skill.loaded else 0
+        except BaseException:
+            self._table[skill.name] = skill
+            raise
+        self.resident.forget(skill)
         self._passed[str(skill.path)] = skill.signature  # until it is replaced
-        self._report("unload", skill=name, aborted=aborted)
+        self._report("unload", skill=skill.name, aborted=aborted)
 
     def _require_idle(self, skill: Skill, abort: bool) -> None:
         if self.resident.is_loading(skill):
@@ -333,30 +336,38 @@ class Skills(Mapping[str, Skill]):
 
     async def _follow(self, skill: Skill, found: Seen) -> str | None:
         """Keep up with a skill's file, as far as its requests allow; which change it is."""
-        if found.signature == skill.signature or self._table.get(skill.name) is not skill:
-            return None  # it was loaded, or unloaded, meanwhile
-        skill.stale = skill.loaded
-        if skill.requests:
-            return None
-        if found.digest is None:
-            with contextlib.suppress(Exception):  # it was reported, and is tried again
-                await self._unload(skill.name, abort=False)
-                if found.error is not None:
-                    self._pass(skill.name, skill.path, found, found.error)
-                return "removed"
-            return None
-        if skill.loaded:
-            with contextlib.suppress(HotgraftError):
-                async with self.resident.changing():
-                    if skill.loaded and not skill.requests:
-                        await self.resident.take_out(skill)
-        if skill.loaded or skill.requests:
-            return None
-        assert found.signature is not None
-        skill.digest, skill.signature, skill.failure = found.digest, found.signature, None
+        # One that is just leaving may stay after all, with the bits that it has.
+        async with self.resident.changing():
+            gone = self._table.get(skill.name) is not skill or skill.name in self._busy
+            if gone or found.signature == skill.signature:
+                return None  # it was loaded, or unloaded, meanwhile
+            skill.stale = skill.loaded
+            if skill.requests:
+                return None
+            if found.digest is None:
+                return await self._lose(skill, found)
+            if skill.loaded:
+                with contextlib.suppress(HotgraftError):  # it is tried again
+                    await self.resident.take_out(skill)
+            if skill.loaded or skill.requests:
+                return None
+            assert found.signature is not None
+            skill.digest, skill.signature, skill.failure = found.digest, found.signature, None
         if skill.pinned:
             self.resident.hint(skill)
         return "replaced"
+
+    async def _lose(self, skill: Skill, found: Seen) -> str | None:
+        """Forget a skill whose file is none any more, in `changing`."""
+        try:
+            with self._holding(skill.name):
+                await self._remove(skill)
+        except Exception as error:  # it is tried again
+            self.resident.refuse("unload", skill.name, error)
+            return None
+        if found.error is not None:
+            self._pass(skill.name, skill.path, found, found.error)
+        return "removed"
 
     def _add(self, path: Path, found: Seen) -> bool:
         """Whether it is a skill now."""
