@@ -167,7 +167,7 @@ class Server:
         init_none_hash(_hash)
         self._hasher = get_request_block_hasher(BLOCK, _hash)
 
-    def add(self, name, prompt, skill=None, count=8, salt=None, priority=0, **others):
+    def add(self, name, prompt, skill=None, count=8, salt=None, priority=0, digest=None, **others):
         request = Request(
             name,
             list(prompt),
@@ -175,7 +175,9 @@ class Server:
                 max_tokens=count,
                 temperature=0,
                 ignore_eos=True,
-                extra_args=None if skill is None else {"hotgraft_skill": skill},
+                extra_args=None
+                if skill is None
+                else {"hotgraft_skill": skill, **({"hotgraft_digest": digest} if digest else {})},
             ),
             None,
             arrival_time=self.now,

@@ -331,6 +331,16 @@ def test_a_request_for_no_skill_is_finished_with_an_error_alone(server, skill, r
     assert not busy or it.got["other"] == alone("sql", [1], 9)
 
 
+def test_a_request_for_other_weights_of_that_name_is_finished_with_an_error(server):
+    it = server()
+    for digest in ("ab", it.scheduler.skills["sql"], None):
+        it.add(f"r{digest}", [1, 2], "sql", digest=digest)
+    it.run()
+    assert it.ended.pop("rab") == "error"
+    assert set(it.ended.values()) == {"length"}
+    assert "replaced while the request came" in it.reasons["rab"]
+
+
 def test_an_empty_name_is_the_base(server):
     it = server()
     it.add("plain", [1], "", 3)

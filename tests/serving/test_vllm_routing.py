@@ -84,7 +84,8 @@ def served(tmp_path):
 @pytest.mark.parametrize("extra", [None, {"else": 1}])
 def test_requests_are_marked(extra, served):
     (((found,), name), headers) = served.generate("sql", extra)
-    assert found == ("p", {**(extra or {}), "hotgraft_skill": "sql"}, "r")
+    marks = {"hotgraft_skill": "sql", "hotgraft_digest": digest("ab")}
+    assert found == ("p", {**(extra or {}), **marks}, "r")
     assert (name, headers) == ("sql", {b"x-hotgraft-digest": digest("ab").encode()})
     (((found,), name), headers) = served.generate("base", extra)
     assert found == ("p", extra or {}, "r")
@@ -95,6 +96,8 @@ def test_requests_are_marked(extra, served):
 def test_nobody_marks_requests_himself(model, given, served):
     with pytest.raises(VLLMValidationError, match="as its model"):
         served.generate(model, {"hotgraft_skill": given})
+    with pytest.raises(VLLMValidationError, match="as its model"):
+        served.generate(model, {"hotgraft_digest": digest("ab")})
 
 
 def test_a_skill_that_leaves_between_the_check_and_the_request(served):
@@ -105,6 +108,25 @@ def test_a_skill_that_leaves_between_the_check_and_the_request(served):
 
     with pytest.raises(VLLMNotFoundError, match="unloaded"):
         served.ask("sql", use)
+
+
+def test_a_request_carries_the_digest_that_its_response_says(served):
+    """Also where the skill is replaced before vLLM tells its engine of the request."""
+
+    async def use():
+        params = SimpleNamespace(extra_args={"else": 1})
+        found = [[output async for output in served.client.generate("p", params, "r")]]
+        await served.skills.unload("sql", abort=True)
+        served.toy.write(sql="cd")
+        await served.skills.load("sql", served.skills.find("sql"))
+        assert params.extra_args == {"else": 1}
+        assert served.models.is_base_model("sql")
+        found.append([output async for output in served.client.generate("p", params, "r")])
+        return [each[0][1]["hotgraft_digest"] for each in found]
+
+    found, headers = served.ask("sql", use)
+    assert found == [digest("ab"), digest("cd")]
+    assert headers[b"x-hotgraft-digest"] == digest("cd").encode()
 
 
 def test_skills_do_not_encode(served):
@@ -205,7 +227,7 @@ def test_a_generation_in_the_background_has_its_own_hold(served):
         task, headers = await served.asking("sql", use)
         assert b"x-hotgraft-digest" not in headers
         assert not served.toy.loaded
-        assert (await task)[1] == {"hotgraft_skill": "sql"}
+        assert (await task)[1] == {"hotgraft_skill": "sql", "hotgraft_digest": digest("ab")}
         assert set(served.toy.loaded) == {"sql"}
         assert served.skills["sql"].requests == 0
 

@@ -15,7 +15,8 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 
 from hotgraft.errors import LayoutError
-from hotgraft.serve.vllm.scheduler import WAIT_BOUNDS, AsyncSkillScheduler, SkillScheduler
+from hotgraft.serve.vllm.counters import WAIT_BOUNDS
+from hotgraft.serve.vllm.scheduler import AsyncSkillScheduler, SkillScheduler
 
 __all__ = ["AsyncSkillScheduler", "SkillScheduler", "call"]
 

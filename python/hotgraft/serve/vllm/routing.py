@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -27,7 +28,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from hotgraft.errors import HotgraftError, UnknownSkillError
 from hotgraft.serve.vllm.admin import failure
 from hotgraft.serve.vllm.leases import Lease, Skill
-from hotgraft.serve.vllm.scheduler import ARGUMENT
+from hotgraft.serve.vllm.scheduler import ARGUMENT, DIGEST
 from hotgraft.serve.vllm.skills import Skills
 
 HEADER = b"x-hotgraft-digest"
@@ -136,9 +137,11 @@ def route(client: Any, skills: Skills) -> None:
     def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         asked, skill = _asked.get(), _skill()
         given = sampling_params.extra_args or {}
-        if ARGUMENT in given and (skill is None or given[ARGUMENT] != skill.name):
+        named = ARGUMENT in given and (skill is None or given[ARGUMENT] != skill.name)
+        if named or DIGEST in given:
             raise VLLMValidationError(
-                f"a request names its skill as its model, and not in vllm_xargs ({ARGUMENT})",
+                f"a request names its skill as its model, and sets neither {ARGUMENT} nor {DIGEST} "
+                "in vllm_xargs",
                 parameter="vllm_xargs",
             )
         if skill is None:
@@ -146,17 +149,23 @@ def route(client: Any, skills: Skills) -> None:
         assert asked is not None
         assert asked.lease is not None
         asked.hold()
-        sampling_params.extra_args = {**given, ARGUMENT: skill.name}
-        outputs = plain_generate(prompt, sampling_params, *args, **kwargs)
-        return _outputs(asked, asked.lease, outputs)
+        params = copy.copy(sampling_params)  # a handler may use its own again
+        outputs = plain_generate(prompt, params, *args, **kwargs)
+        return _outputs(asked, asked.lease, params, outputs)
 
-    async def _outputs(asked: Asked, lease: Lease, outputs: Any) -> Any:
+    async def _outputs(asked: Asked, lease: Lease, params: Any, outputs: Any) -> Any:
         if asked.refused:
             return
         try:
-            async with contextlib.aclosing(skills.serving(lease, outputs)) as served:
-                async for output in served:
-                    yield output
+            with lease:
+                skill = await lease.ready()
+                # vLLM reads these when it is asked for the first output. With the digest: until the
+                # request is in the scheduler, its skill may be unloaded, and another one come.
+                marks = {ARGUMENT: skill.name, DIGEST: skill.digest}
+                params.extra_args = {**(params.extra_args or {}), **marks}
+                async with contextlib.aclosing(skills.serving(lease, outputs)) as served:
+                    async for output in served:
+                        yield output
         except UnknownSkillError as error:
             raise VLLMNotFoundError(str(error)) from error
         except (HotgraftError, OSError, MemoryError) as error:

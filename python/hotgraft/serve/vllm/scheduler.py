@@ -1,8 +1,9 @@
 """Scheduler: each step of vLLM runs with the requests of one skill.
 
-A request names its skill in `sampling_params.extra_args["hotgraft_skill"]`. `SkillScheduler`
-decides whose turn it is (`hotgraft.serve.vllm.turns`), hides the other skills' requests from vLLM's
-own `schedule()`, and names the skill on its output (`hotgraft_skill`), where workers find it
+A request names its skill in `sampling_params.extra_args["hotgraft_skill"]`, and may say there which
+digest the skill must have (`hotgraft_digest`). `SkillScheduler` decides whose turn it is
+(`hotgraft.serve.vllm.turns`), hides the other skills' requests from vLLM's own `schedule()`, and
+names the skill on its output (`hotgraft_skill`), where workers find it
 (`hotgraft.serve.vllm.steps`). Only the hiding is ours: which requests of the skill run, with how
 many tokens, is vLLM's decision.
 
@@ -49,46 +50,17 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from hotgraft.errors import HotgraftError, SkillInUseError, UnknownSkillError
+from hotgraft.serve.vllm.counters import Counters
 from hotgraft.serve.vllm.queues import Place, SkillQueue
 from hotgraft.serve.vllm.turns import Name, Rules, Turns
 
 ARGUMENT = "hotgraft_skill"
 """The key in `extra_args`, and the attribute of scheduler outputs."""
+DIGEST = "hotgraft_digest"
+"""The key of the digest that the skill must have; it may be left out."""
 
 RETRY = 16
 """After so many steps a skill whose step came out empty is tried again, whatever was the reason."""
-
-WAIT_BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Seconds: the upper bounds of the counted waits; one more count is for those above."""
-
-
-@dataclasses.dataclass
-class Counters:
-    """What a scheduler has done so far."""
-
-    switches: int = 0
-    """Steps for another skill than the step before."""
-    steps: dict[Name, int] = dataclasses.field(default_factory=dict)
-    """Steps with tokens, for each skill; None is the base."""
-    empty: int = 0
-    """Steps that came out empty while several skills had requests."""
-    evictions: int = 0
-    """Hidden requests that lost their KV blocks to another skill's."""
-    refusals: int = 0
-    """Requests that were finished with an error."""
-    waits: list[int] = dataclasses.field(default_factory=lambda: [0] * (len(WAIT_BOUNDS) + 1))
-    """How many waits for a turn ended within each of `WAIT_BOUNDS`, but not the one before it."""
-    wait_seconds: float = 0.0
-    """All of these together."""
-    longest_wait: float = 0.0
-    """The longest of these."""
-
-    def count_wait(self, seconds: float) -> None:
-        """A turn begins after so long."""
-        at = next((i for i, bound in enumerate(WAIT_BOUNDS) if seconds <= bound), len(WAIT_BOUNDS))
-        self.waits[at] += 1
-        self.wait_seconds += seconds
-        self.longest_wait = max(self.longest_wait, seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,16 +182,19 @@ class SkillScheduler(Scheduler):  # type: ignore[misc]
         """Take in a request, or the next part of a streaming one.
 
         One that cannot be served is finished with an error, which its client is told after the
-        next step: it names a skill that is not there, or no string, or another skill than its
-        session does.
+        next step: it names a skill that is not there, or has another digest, or no string, or
+        another skill than its session does.
         """
         params = request.sampling_params
-        skill = ((params and params.extra_args) or {}).get(ARGUMENT) or None
+        given = (params and params.extra_args) or {}
+        skill = given.get(ARGUMENT) or None
         session = self.requests.get(request.request_id)
         if skill is not None and not isinstance(skill, str):
             problem = f"{ARGUMENT} is {skill!r}; it is the name of a skill"
         elif skill is not None and skill not in self.skills:
             problem = self._unknown(skill)
+        elif skill is not None and given.get(DIGEST) not in (None, self.skills[skill]):
+            problem = f"skill {skill!r} was replaced while the request came; send it again"
         elif session is not None and request.resumable and skill != session.hotgraft_skill:
             problem = f"a session of skill {session.hotgraft_skill!r} goes on with {skill!r}"
         else:
