@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import random
 import time
+import weakref
 
 import pytest
 
@@ -17,6 +19,7 @@ from hotgraft.errors import (
     UnknownSkillError,
 )
 from hotgraft.serve.vllm import resident
+from hotgraft.serve.vllm.leases import again
 from skill_toys import SIZE, Toy, digest
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -281,6 +284,46 @@ def test_a_bad_file_is_told_to_whoever_asks_and_logged_once(toy):
 
     asyncio.run(run())
     assert [line["skill"] for line in toy.events("refusal")] == ["a", "b", "b", "c"]
+
+
+def test_errors_that_are_told_again_hold_nothing_of_those_who_were_told(toy):
+    class Body:
+        """What a request holds."""
+
+    bodies = weakref.WeakSet()
+
+    async def request():
+        body = Body()
+        bodies.add(body)
+        with pytest.raises(FormatError, match="it is corrupt") as told:
+            await toy.use("a")
+        return told.value
+
+    async def run():
+        toy.write("corrupt", a="a")
+        toy.go.clear()
+        together = [asyncio.ensure_future(request()) for _ in range(3)]
+        await begun(toy, "a")
+        toy.go.set()
+        found = await asyncio.gather(*together)
+        found.append(await request())
+        assert len({id(error) for error in found}) == len(found)
+        assert toy.skills["a"].failure[1].__traceback__ is None
+        del found, together
+        gc.collect()
+        assert not bodies
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FormatError("a"), UnknownSkillError("a"), FileNotFoundError(2, "none", "a"), OSError("a")],
+)
+def test_an_error_is_the_same_again(error):
+    made = again(error)
+    assert made is not error
+    assert (type(made), str(made), made.args) == (type(error), str(error), error.args)
 
 
 def test_one_that_the_engine_is_not_done_with_goes_later(toy):

@@ -40,7 +40,7 @@ class Skill:
     forgotten: bool = False
     """No skill of the server any more."""
     failure: tuple[Signature, Exception] | None = None
-    """Why it could not be loaded, and from which file."""
+    """Why it could not be loaded, and from which file; to be raised `again`."""
     using: set[Lease] = dataclasses.field(default_factory=set, repr=False)
     waiting: set[Lease] = dataclasses.field(default_factory=set, repr=False)
     coming: asyncio.Future[None] | None = dataclasses.field(default=None, repr=False)
@@ -102,6 +102,22 @@ class Lease:
 
     async def ready(self) -> Skill:
         """Wait until the skill is loaded, and return it. Raises what made that impossible."""
-        if self._coming is not None:
-            await asyncio.shield(self._coming)  # which others wait for too
+        coming = self._coming
+        if coming is not None:
+            if not coming.done():
+                await asyncio.wait([coming])  # which others wait for too
+            if (error := coming.exception()) is not None:
+                raise again(error)
         return self.skill
+
+
+def again(error: BaseException) -> BaseException:
+    """The same error, not raised yet.
+
+    One that is kept, or told to several, is not raised itself: each time its traceback would grow,
+    and hold what the requests of those frames hold.
+    """
+    made: BaseException = type(error).__new__(type(error), *error.__reduce__()[1])
+    made.args = error.args
+    made.__dict__.update(vars(error))
+    return made

@@ -24,7 +24,7 @@ from hotgraft.library.budget import Budget
 from hotgraft.library.folder import signature_of
 from hotgraft.library.shelf import Signature
 from hotgraft.serve.ranks import Loaded
-from hotgraft.serve.vllm.leases import Lease, Skill
+from hotgraft.serve.vllm.leases import Lease, Skill, again
 
 PATIENCE = 10.0
 """Seconds for which a request waits for room."""
@@ -211,7 +211,7 @@ class Resident:
                     return 0
             found = await self._signature(skill)
             if skill.failure is not None and skill.failure[0] == found:
-                raise skill.failure[1]  # as before, so it is not read again
+                raise again(skill.failure[1])  # as before, so it is not read again
             known = skill.took is not None and skill.took[0] == found
             wanted = skill.took[1] if skill.took and known else math.ceil(found[0] * self._factor)
             return 0 if await self._make_room(wanted) and await self._load(skill, found) else wanted
@@ -238,7 +238,7 @@ class Resident:
                 raise
         except Exception as error:
             # What is wrong with a file stays so until it is another; the rest may be better later.
-            skill.failure = (found, error) if isinstance(error, ValueError) else None
+            skill.failure = (found, again(error)) if isinstance(error, ValueError) else None
             self.refuse("load", skill.name, error)
             raise
         finally:
