@@ -7,7 +7,13 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 
-from hotgraft.errors import FormatError, HotgraftError, SkillInUseError, UnknownSkillError
+from hotgraft.errors import (
+    BaseMismatchError,
+    FormatError,
+    HotgraftError,
+    SkillInUseError,
+    UnknownSkillError,
+)
 from hotgraft.library import folder as library_folder
 from hotgraft.library.folder import ENDING
 from hotgraft.serve.vllm import folder, metrics
@@ -311,6 +317,37 @@ def test_a_load_by_request_that_fails_changes_nothing(toy):
         with pytest.raises(FormatError):
             await load(toy, "broken")
         assert "broken" in toy.skills  # as before
+
+    asyncio.run(run())
+
+
+def test_a_load_that_casts_is_tried_where_one_that_does_not_has_failed(toy, monkeypatch):
+    plain, tried = toy.load, []
+
+    def load(name, path, *, cast=False):
+        tried.append(cast)
+        if not cast:
+            raise BaseMismatchError("cast=True rounds it")
+        return plain(name, path)
+
+    monkeypatch.setattr(toy, "load", load)
+
+    def casting():
+        return toy.skills.load("sql", toy.skills.find("sql"), cast=True)
+
+    async def run():
+        toy.write(sql="aa")
+        await toy.skills.scan()
+        toy.failing = {"load"}
+        for _ in range(2):
+            with pytest.raises(BaseMismatchError):
+                await toy.use("sql")
+            with pytest.raises(HotgraftError, match="load fails"):
+                await casting()
+        assert tried == [False, True, True]  # a load that failed does not make others cast
+        toy.failing = set()
+        assert (await casting()).loaded
+        assert toy.consistent()
 
     asyncio.run(run())
 

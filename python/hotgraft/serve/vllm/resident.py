@@ -227,9 +227,10 @@ class Resident:
         """Whether it is loaded now, and within the limit."""
         started = time.perf_counter()
         self._loading = skill
+        cast = skill.cast
         try:
             loaded = await self._in_thread(
-                lambda: self._ranks.load(skill.name, skill.path, cast=skill.cast)
+                lambda: self._ranks.load(skill.name, skill.path, cast=cast)
             )
             try:
                 await self._scheduler("set", skill.name, loaded.id)

@@ -142,7 +142,9 @@ class Skills(Mapping[str, Skill]):
                 if is_new:
                     self._table[name] = Skill(name, path, volume.id, volume.signature)
                 skill = self._table[name]
-                skill.cast = cast
+                before = skill.cast, skill.failure
+                if cast != skill.cast:  # what failed may succeed
+                    skill.cast, skill.failure = cast, None
         except Exception as error:
             self.resident.refuse("load", name, error)
             raise
@@ -153,6 +155,8 @@ class Skills(Mapping[str, Skill]):
             if is_new and self._table.get(name) is skill:
                 del self._table[name]
                 self.resident.forget(skill)
+            elif cast != before[0]:
+                skill.cast, skill.failure = before
             raise
 
     async def compose(
