@@ -107,7 +107,7 @@ class Resident:
         self._freed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-skills")
         self._factor = 1.0
-        """What a loaded skill takes of its file's bytes, at most, as far as was seen."""
+        """What the skill that was loaded last takes of its file's bytes."""
 
     # ---- requests ------------------------------------------------------------------------------
 
@@ -212,9 +212,18 @@ class Resident:
             found = await self._signature(skill)
             if skill.failure is not None and skill.failure[0] == found:
                 raise again(skill.failure[1])  # as before, so it is not read again
-            known = skill.took is not None and skill.took[0] == found
-            wanted = skill.took[1] if skill.took and known else math.ceil(found[0] * self._factor)
-            return 0 if await self._make_room(wanted) and await self._load(skill, found) else wanted
+            wanted = self._wanted_bytes(skill, found)
+            if not await self._make_room(wanted):
+                return wanted
+            return 0 if await self._load(skill, found) else self._wanted_bytes(skill, found)
+
+    def _wanted_bytes(self, skill: Skill, found: Signature) -> int:
+        """What a skill takes, or is thought to."""
+        if skill.took is not None and skill.took[0] == found:
+            return skill.took[1]
+        size = found[0]
+        # One whose file would fit is not refused for what another one took.
+        return min(math.ceil(size * self._factor), max(size, self.budget.limit))
 
     async def _signature(self, skill: Skill) -> Signature:
         try:
@@ -247,7 +256,7 @@ class Resident:
         skill.stale, skill.failure = False, None
         skill.digest, skill.entries, skill.nbytes = loaded.id, loaded.nnz, loaded.nbytes
         skill.signature, skill.took = found, (found, loaded.nbytes)
-        self._factor = max(self._factor, loaded.nbytes / found[0])
+        self._factor = loaded.nbytes / found[0]
         self.budget.put(skill, skill.nbytes)
         self._report(
             "load",
@@ -300,18 +309,19 @@ class Resident:
             await asyncio.wait_for(self._freed.wait(), min(left, LOOK_EVERY))
 
     def _full(self, skill: Skill, wanted: int) -> LibraryFullError:
+        about = "" if skill.took is not None and skill.took[1] == wanted else "about "
         if wanted > self.budget.limit:
             return LibraryFullError(
-                f"the skill {skill.name!r} takes {wanted:,} bytes, and there are "
+                f"the skill {skill.name!r} takes {about}{wanted:,} bytes, and there are "
                 f"{self.budget.limit:,} for all loaded skills: start the server with a larger "
                 "--resident"
             )
         pinned = sum(kept.nbytes for kept in self.budget.all() if kept.pinned)
         return LibraryFullError(
-            f"there is no room for the skill {skill.name!r}: it takes {wanted:,} bytes, and of the "
-            f"{self.budget.limit:,} for loaded skills {self.budget.nbytes:,} are taken by others, "
-            f"{pinned:,} by pinned ones and the rest by those in use; try again later, unpin some, "
-            "or start the server with a larger --resident"
+            f"there is no room for the skill {skill.name!r}: it takes {about}{wanted:,} bytes, and "
+            f"of the {self.budget.limit:,} for loaded skills {self.budget.nbytes:,} are taken by "
+            f"others, {pinned:,} by pinned ones and the rest by those in use; try again later, "
+            "unpin some, or start the server with a larger --resident"
         )
 
     # ---- leaving -------------------------------------------------------------------------------
