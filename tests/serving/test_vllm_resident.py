@@ -377,6 +377,27 @@ def test_a_failing_eviction_takes_another_one(toy):
     assert {line["what"] for line in toy.events("refusal")} == {"evict"}
 
 
+@pytest.mark.parametrize("when", ["coming", "leaving"])
+def test_what_ranks_were_left_with_is_taken_back_by_the_next_load(toy, when):
+    async def run():
+        if when == "leaving":
+            await toy.use("a")
+        toy.failing = {"set", "unload"}
+        with pytest.raises(HotgraftError, match=" fails"):
+            await (toy.use("a") if when == "coming" else toy.skills.unload("a"))
+        assert set(toy.loaded) == {"a"}
+        assert not toy.skills["a"].loaded
+        assert not toy.skills.resident.budget.nbytes
+        with pytest.raises(HotgraftError, match="unload fails"):
+            await toy.use("a")
+        toy.failing = set()
+        for name in "abc":
+            assert await toy.use(name) == digest(name)
+        assert toy.consistent()
+
+    asyncio.run(run())
+
+
 def test_unloading_one_that_is_waited_for(toy):
     async def run():
         toy.go.clear()

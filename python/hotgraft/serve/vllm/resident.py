@@ -105,6 +105,7 @@ class Resident:
         self._working: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()  # held while skills come and go
         self._freed = asyncio.Event()
+        self._left: set[str] = set()  # names that ranks may still have, and nobody else
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hotgraft-skills")
         self._factor = 1.0
         """What the skill that was loaded last takes of its file's bytes."""
@@ -238,13 +239,17 @@ class Resident:
         self._loading = skill
         cast = skill.cast
         try:
+            if skill.name in self._left:
+                await self._take_back(skill)
             loaded = await self._in_thread(
                 lambda: self._ranks.load(skill.name, skill.path, cast=cast)
             )
             try:
                 await self._scheduler("set", skill.name, loaded.id)
             except BaseException:
-                await self._in_thread(lambda: self._ranks.unload(skill.name))
+                self._left.add(skill.name)
+                with contextlib.suppress(Exception):  # else the next load of this name does it
+                    await self._take_back(skill)
                 raise
         except Exception as error:
             # What is wrong with a file stays so until it is another; the rest may be better later.
@@ -271,6 +276,12 @@ class Resident:
         if not skill.loaded:
             await self._evict(skill)
         return skill.loaded
+
+    async def _take_back(self, skill: Skill) -> None:
+        """Unload from the ranks what the scheduler does not know."""
+        with contextlib.suppress(UnknownSkillError):
+            await self._in_thread(lambda: self._ranks.unload(skill.name))
+        self._left.discard(skill.name)
 
     async def _make_room(self, wanted: int, but: Skill | None = None) -> bool:
         """Let skills go that nobody uses, until so many bytes are free."""
@@ -333,7 +344,7 @@ class Resident:
             yield
 
     async def take_out(self, skill: Skill, *, abort: bool = False) -> int:
-        """Unload a skill, in `changing`; on an error it stays loaded.
+        """Unload a skill, in `changing`; on an error it stays loaded, if the scheduler agrees.
 
         Args:
             skill: a loaded one.
@@ -353,14 +364,22 @@ class Resident:
             known = False
             await self._in_thread(lambda: self._ranks.unload(skill.name))
         except BaseException:
-            if not known:
-                await self._scheduler("set", skill.name, skill.digest)
-            skill.loaded = True
+            try:
+                if not known:
+                    await self._scheduler("set", skill.name, skill.digest)
+            except Exception:
+                self._left.add(skill.name)
+                self._count_out(skill)
+            else:
+                skill.loaded = True
             raise
+        self._count_out(skill)
+        return aborted
+
+    def _count_out(self, skill: Skill) -> None:
         self.budget.remove(skill)
         skill.nbytes, skill.stale, skill.leaving = 0, False, False
         self._freed.set()
-        return aborted
 
     def forget(self, skill: Skill) -> None:
         """It is no skill of the server any more: who waits for it is told."""
