@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 
 import pytest
 
@@ -16,7 +17,7 @@ from hotgraft.errors import (
 )
 from hotgraft.library import folder as library_folder
 from hotgraft.library.folder import ENDING
-from hotgraft.serve.vllm import folder, metrics
+from hotgraft.serve.vllm import folder, metrics, skills
 from hotgraft.serve.vllm.metrics import Events, Metrics
 from skill_toys import SIZE, Toy, digest, load, outputs
 
@@ -267,6 +268,39 @@ def test_a_skill_that_is_just_leaving_is_not_taken_for_its_new_file(tmp_path):
         assert toy.consistent()
 
     asyncio.run(run())
+
+
+def test_what_came_since_a_look_is_newer_than_what_it_saw(toy, monkeypatch):
+    plain, looked, go = skills.look, threading.Event(), threading.Event()
+
+    def slow(*args):
+        found = plain(*args)
+        looked.set()
+        assert go.wait(30)
+        return found
+
+    async def run():
+        toy.write(sql="aa")
+        (toy.skills.folder / f"go{ENDING}").write_text("no skill yet, but it is going to be one")
+        await toy.skills.scan()
+        toy.write(sql="bb", go="bb")
+        (toy.skills.folder / f"text{ENDING}").write_text("no skill yet, but it is going to be one")
+        monkeypatch.setattr(skills, "look", slow)
+        scanning = asyncio.ensure_future(toy.skills.scan())
+        await asyncio.to_thread(looked.wait)
+        toy.write(sql="cc", go="cc", text="cc")
+        assert await toy.use("sql") == digest("cc")
+        for name in ("go", "text"):
+            await load(toy, name)
+        go.set()
+        await scanning
+        for _ in range(2):
+            assert toy.loaded == dict.fromkeys(("sql", "go", "text"), digest("cc"))
+            assert toy.consistent()
+            await toy.skills.scan()
+
+    asyncio.run(run())
+    assert not toy.events("unload")
 
 
 def test_a_header_is_read_once_for_each_file_that_is_put_there(toy, monkeypatch):

@@ -318,18 +318,15 @@ class Skills(Mapping[str, Skill]):
             # Two of one file may have it of different times.
             same = known.get(path, skill.signature) == skill.signature
             known[path] = skill.signature if same else ()
+        # What becomes of these meanwhile is newer than what is seen.
+        before = {skill: skill.signature for skill in self._table.values()}
         seen = await asyncio.to_thread(look, self.folder, known)
         changes = {"added": 0, "replaced": 0, "removed": 0}
-        skills = list(self._table.values()) if seen else []
-        for skill in skills:
+        for skill, signature in before.items() if seen else ():
             found = seen.get(str(skill.path))
-            if (
-                found
-                and skill.name not in self._busy
-                and (what := await self._follow(skill, found))
-            ):
+            if found and (what := await self._follow(skill, signature, found)):
                 changes[what] += 1
-        paths = {str(skill.path) for skill in skills}
+        paths = {str(skill.path) for skill in (*before, *self._table.values())} if seen else ()
         for path, found in seen.items():
             if found == Seen():
                 self._passed.pop(path, None)
@@ -338,12 +335,14 @@ class Skills(Mapping[str, Skill]):
         if any(changes.values()):
             self._report("scan", known=len(self), **changes)
 
-    async def _follow(self, skill: Skill, found: Seen) -> str | None:
+    async def _follow(self, skill: Skill, before: Signature, found: Seen) -> str | None:
         """Keep up with a skill's file, as far as its requests allow; which change it is."""
+        if skill.name in self._busy or found.signature == before:
+            return None
         # One that is just leaving may stay after all, with the bits that it has.
         async with self.resident.changing():
             gone = self._table.get(skill.name) is not skill or skill.name in self._busy
-            if gone or found.signature == skill.signature:
+            if gone or skill.signature != before:
                 return None  # it was loaded, or unloaded, meanwhile
             skill.stale = skill.loaded
             if skill.requests:
