@@ -15,6 +15,7 @@ from hotgraft.errors import (
     OverlapError,
     UnknownSkillError,
 )
+from hotgraft.serve.vllm import skills
 from skill_toys import Toy
 
 BASE = torch.arange(8.0)
@@ -100,6 +101,30 @@ def test_one_that_cannot_be_loaded_leaves_no_file(toy):
         toy.failing = set()
         await toy.skills.compose("both", ["sql", "c"])
         assert toy.consistent()
+
+    asyncio.run(run())
+
+
+def test_a_scan_in_between_adds_nothing_that_stays(toy, monkeypatch):
+    plain = skills.described
+
+    async def run():
+        before, scans = left(toy), []
+        loop = asyncio.get_running_loop()
+
+        def described(path):  # the file is there, and is not loaded yet
+            scans.append(asyncio.run_coroutine_threadsafe(toy.skills.scan(), loop).result(30))
+            return plain(path)
+
+        monkeypatch.setattr(skills, "described", described)
+        toy.failing = {"load"}
+        with pytest.raises(HotgraftError, match="load fails"):
+            await toy.skills.compose("both", ["sql", "c"])
+        assert len(scans) == 1
+        assert left(toy) == before
+        await toy.skills.scan()
+        assert set(toy.skills) == {"sql", "french", "c"}
+        assert not toy.events("unload")
 
     asyncio.run(run())
 

@@ -36,7 +36,7 @@ def write_composition(
     try:
         _composed(parts, policy, weights).save(path)
     except BaseException:
-        path.unlink()
+        path.unlink(missing_ok=True)
         raise
 
 

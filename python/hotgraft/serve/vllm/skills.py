@@ -134,29 +134,45 @@ class Skills(Mapping[str, Skill]):
     async def _load(self, name: str, path: Path, cast: bool) -> Skill:
         try:
             with self._holding(name):
-                self._require_free(name, path)
-                volume = await asyncio.to_thread(described, path)
-                assert volume.signature is not None
-                self._require_free(name, path)  # still
-                is_new = name not in self._table
-                if is_new:
-                    self._table[name] = Skill(name, path, volume.id, volume.signature)
-                skill = self._table[name]
-                before = skill.cast, skill.failure
-                if cast != skill.cast:  # what failed may succeed
-                    skill.cast, skill.failure = cast, None
+                skill, undo = await self._enlist(name, path, cast)
         except Exception as error:
             self.resident.refuse("load", name, error)
             raise
+        return await self._ready(skill, undo)
+
+    async def _enlist(
+        self, name: str, path: Path, cast: bool = False
+    ) -> tuple[Skill, Callable[[], None]]:
+        """A skill that is to be loaded, and what to do if it cannot be; with its name held."""
+        self._require_free(name, path)
+        volume = await asyncio.to_thread(described, path)
+        assert volume.signature is not None
+        self._require_free(name, path)  # still
+        if name not in self._table:
+            made = self._table[name] = Skill(name, path, volume.id, volume.signature, cast)
+            return made, lambda: self._strike(made)
+        skill = self._table[name]
+        before = skill.cast, skill.failure
+        if cast == skill.cast:
+            return skill, lambda: None
+        skill.cast, skill.failure = cast, None  # what failed may succeed
+
+        def undo() -> None:
+            skill.cast, skill.failure = before
+
+        return skill, undo
+
+    def _strike(self, skill: Skill) -> None:
+        if self._table.get(skill.name) is skill:
+            del self._table[skill.name]
+            self.resident.forget(skill)
+
+    async def _ready(self, skill: Skill, undo: Callable[[], None]) -> Skill:
         try:
             with self.lease(skill) as lease:
                 return await lease.ready()
         except Exception:  # it was reported
-            if is_new and self._table.get(name) is skill:
-                del self._table[name]
-                self.resident.forget(skill)
-            elif cast != before[0]:
-                skill.cast, skill.failure = before
+            undo()
             raise
 
     async def compose(
@@ -197,14 +213,20 @@ class Skills(Mapping[str, Skill]):
             with self._holding(name):
                 self._require_free(name, path)
                 await asyncio.to_thread(write_composition, path, named, policy, weights)
+                try:  # nobody else knows the file yet
+                    skill, undo = await self._enlist(name, path)
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
         except Exception as error:
             self.resident.refuse("compose", name, error)
             raise
         try:
-            return await self.load(name, path)
+            return await self._ready(skill, undo)
         except Exception:  # it was reported
             if name not in self._table:
                 path.unlink(missing_ok=True)
+                self._passed[str(path)] = skill.signature  # a scan may have seen it
             raise
 
     def _require_free(self, name: str, path: Path) -> None:
