@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 
 import pytest
@@ -339,6 +340,70 @@ def test_only_files_of_the_folder_are_found(toy, tmp_path):
         toy.skills.find("x", str(tmp_path.parent / f"outside{ENDING}"))
     with pytest.raises(FileNotFoundError):
         toy.skills.find("nowhere")
+
+
+def test_a_folder_that_is_a_link_has_its_files_by_their_path_in_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "skills").symlink_to(tmp_path / "data")
+    toy = Toy(tmp_path / "skills")
+    toy.write(sql="aa")
+    with pytest.raises(HotgraftError, match="the path in the folder"):
+        toy.skills.find("sql", str(tmp_path / "data" / f"sql{ENDING}"))
+    with pytest.raises(HotgraftError, match="the path in the folder"):
+        toy.skills.find(str(tmp_path / "skills" / "sql"))
+    assert toy.skills.find("sql").relative_to(toy.skills.folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_names_that_no_answer_could_have_are_refused(toy, name):
+    async def run():
+        toy.write(sql="aa")
+        for named in ((name,), ("sql", name)):
+            with pytest.raises(HotgraftError, match="UTF-8 without NUL"):
+                toy.skills.find(*named)
+        path = toy.skills.find("sql")
+        for coming in (toy.skills.load(name, path), toy.skills.compose(name, [])):
+            with pytest.raises(HotgraftError, match="UTF-8 without NUL"):
+                await coming
+        assert not toy.skills
+
+    asyncio.run(run())
+
+
+def test_files_with_such_names_are_reported_and_passed_over(toy):
+    async def run():
+        toy.write(sql="aa", french="bb")
+        folder = os.fsencode(toy.skills.folder)
+        os.rename(toy.skills.find("french"), folder + b"/\xff" + ENDING.encode())
+        for _ in range(2):
+            await toy.skills.scan()
+            assert set(toy.skills) == {"sql"}
+        (refusal,) = toy.events("refusal")
+        assert "UTF-8" in refusal["why"]
+
+    asyncio.run(run())
+
+
+def test_a_watch_goes_on_whatever_happens(toy, monkeypatch):
+    plain, errors = skills.look, [MemoryError("of a header"), OSError("the folder")]
+
+    def look(*args):
+        if errors:
+            raise errors.pop()
+        return plain(*args)
+
+    async def run():
+        toy.write(sql="aa")
+        watching = asyncio.ensure_future(toy.skills.watch())
+        while "sql" not in toy.skills:
+            assert not watching.done()
+            await asyncio.sleep(0.01)
+        watching.cancel()
+
+    monkeypatch.setattr(skills, "LOOK_EVERY", 0.001)
+    monkeypatch.setattr(skills, "look", look)
+    asyncio.run(run())
+    assert [line["kind"] for line in toy.events("refusal")] == ["OSError", "MemoryError"]
 
 
 def test_a_load_by_request_that_fails_changes_nothing(toy):

@@ -107,10 +107,17 @@ class Skills(Mapping[str, Skill]):
             file: relative to the folder; without it, the name with the usual ending.
 
         Raises:
-            HotgraftError: it is outside of the folder.
+            HotgraftError: it is outside of the folder, or called what no file is.
             FileNotFoundError: it is not there.
         """
-        path = self.folder / (f"{name}{ENDING}" if file is None else file)
+        file = f"{name}{ENDING}" if file is None else file
+        if not _is_text(file):
+            raise HotgraftError(f"{file!r} is no name for a file: give UTF-8 without NUL")
+        if Path(file).is_absolute():
+            raise HotgraftError(
+                f"{file!r} is outside of the folder of skills; give the path in the folder"
+            )
+        path = self.folder / file
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise HotgraftError(f"{path.name!r} is outside of the folder of skills")
         if not path.is_file():
@@ -230,6 +237,8 @@ class Skills(Mapping[str, Skill]):
             raise
 
     def _require_free(self, name: str, path: Path) -> None:
+        if not _is_text(name):
+            raise HotgraftError(f"no skill can be called {name!r}: give UTF-8 without NUL")
         if not name or self._taken(name):
             raise HotgraftError(f"no skill can be called {name!r}: that names something else here")
         skill = self._table.get(name)
@@ -421,5 +430,14 @@ class Skills(Mapping[str, Skill]):
             await asyncio.sleep(LOOK_EVERY)
             try:
                 await self.scan()
-            except OSError as error:  # the folder itself cannot be read now
+            except Exception as error:  # such as: the folder itself cannot be read now
                 self._report("refusal", what="scan", kind=type(error).__name__, why=str(error))
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be part of an answer (file names may not be), and of a path."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name
