@@ -19,7 +19,6 @@ from hotgraft.errors import (
     UnknownSkillError,
 )
 from hotgraft.serve.vllm import resident
-from hotgraft.serve.vllm.leases import again
 from skill_toys import SIZE, Toy, digest
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -332,16 +331,6 @@ def test_errors_that_are_told_again_hold_nothing_of_those_who_were_told(toy):
         assert not bodies
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    "error",
-    [FormatError("a"), UnknownSkillError("a"), FileNotFoundError(2, "none", "a"), OSError("a")],
-)
-def test_an_error_is_the_same_again(error):
-    made = again(error)
-    assert made is not error
-    assert (type(made), str(made), made.args) == (type(error), str(error), error.args)
 
 
 def test_one_that_the_engine_is_not_done_with_goes_later(toy):

@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("vllm.v1.core.sched.scheduler")
 
 from hotgraft.errors import FormatError, LibraryFullError, UnknownSkillError
+from hotgraft.library.folder import ENDING
 from hotgraft.serve.vllm import routing
+from hotgraft.serve.vllm.leases import again
 from hotgraft.serve.vllm.routing import Middleware, SkillModels, route
 from skill_toys import Toy, digest
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
@@ -232,3 +234,40 @@ def test_a_generation_in_the_background_has_its_own_hold(served):
         assert served.skills["sql"].requests == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FormatError("a"), UnknownSkillError("a"), FileNotFoundError(2, "none", "a"), OSError("a")],
+)
+def test_an_error_is_the_same_again(error):
+    made = again(error)
+    assert made is not error
+    assert (type(made), str(made), made.args) == (type(error), str(error), error.args)
+
+
+def test_clients_are_told_of_files_by_their_paths_in_the_folder(tmp_path, monkeypatch):
+    toy = Toy(tmp_path)
+
+    def load(_name, path, **_):
+        raise FormatError(f"{path}: it is odd")
+
+    async def run():
+        toy.write(a="a", b="b")
+        await toy.skills.scan()
+        monkeypatch.setattr(toy, "load", load)
+        for _ in range(2):
+            with pytest.raises(FormatError) as told:
+                await toy.use("a")
+            assert str(told.value) == f"a{ENDING}: it is odd"
+        toy.skills.find("b").unlink()
+        with pytest.raises(FileNotFoundError, match=f": 'b{ENDING}'"):
+            await toy.use("b")
+        (tmp_path / f"text{ENDING}").write_text("no skill, and it is long enough")
+        with pytest.raises(FormatError) as told:
+            await toy.skills.load("text", toy.skills.find("text"))
+        assert str(told.value).startswith(f"text{ENDING}")
+
+    asyncio.run(run())
+    where = [str(tmp_path) in line["why"] for line in toy.events("refusal")]
+    assert where == [True] * 3  # the operator knows the folder

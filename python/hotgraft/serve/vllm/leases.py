@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hotgraft.library.shelf import Signature
@@ -111,13 +112,18 @@ class Lease:
         return self.skill
 
 
-def again(error: BaseException) -> BaseException:
-    """The same error, not raised yet.
+def again(error: BaseException, folder: Path | None = None) -> BaseException:
+    """The same error, not raised yet; it names the files of a folder by their paths in there.
 
     One that is kept, or told to several, is not raised itself: each time its traceback would grow,
     and hold what the requests of those frames hold.
     """
-    made: BaseException = type(error).__new__(type(error), *error.__reduce__()[1])
-    made.args = error.args
+    hidden = "" if folder is None else f"{folder}{os.sep}"
+
+    def told(values: Iterable[object]) -> tuple[object, ...]:
+        return tuple(v.replace(hidden, "") if hidden and isinstance(v, str) else v for v in values)
+
+    made: BaseException = type(error).__new__(type(error), *told(error.__reduce__()[1]))
+    made.args = told(error.args)
     made.__dict__.update(vars(error))
     return made

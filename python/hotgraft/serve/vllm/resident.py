@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hotgraft.errors import LibraryFullError, SkillInUseError, UnknownSkillError
@@ -86,6 +87,7 @@ class Resident:
         scheduler: calls a method of `hotgraft.serve.vllm.core` in the engine.
         limit: bytes that loaded skills may take on all ranks together.
         report: is told of each event, by its name and with what there is to say.
+        folder: clients are told of files by their paths in there.
     """
 
     def __init__(
@@ -94,12 +96,14 @@ class Resident:
         scheduler: Callable[..., Awaitable[Any]],
         limit: int,
         report: Callable[..., None],
+        folder: Path,
     ) -> None:
         self.budget = Budget[Skill](limit)
         self.counts = Counts()
         self._ranks = ranks
         self._scheduler = scheduler
         self._report = report
+        self._folder = folder
         self._wanted: dict[Skill, None] = {}  # in the order in which they were asked for
         self._loading: Skill | None = None
         self._working: asyncio.Task[None] | None = None
@@ -231,7 +235,7 @@ class Resident:
             return await asyncio.to_thread(signature_of, skill.path)
         except OSError as error:
             self.refuse("load", skill.name, error)
-            raise
+            raise again(error, self._folder) from error
 
     async def _load(self, skill: Skill, found: Signature) -> bool:
         """Whether it is loaded now, and within the limit."""
@@ -253,9 +257,10 @@ class Resident:
                 raise
         except Exception as error:
             # What is wrong with a file stays so until it is another; the rest may be better later.
-            skill.failure = (found, again(error)) if isinstance(error, ValueError) else None
+            told = again(error, self._folder)
+            skill.failure = (found, told) if isinstance(told, ValueError) else None
             self.refuse("load", skill.name, error)
-            raise
+            raise again(told) from error
         finally:
             self._loading = None
         skill.stale, skill.failure = False, None

@@ -13,7 +13,7 @@ from hotgraft.library.folder import ENDING, described
 from hotgraft.library.shelf import Signature
 from hotgraft.serve.vllm.compositions import write_composition
 from hotgraft.serve.vllm.folder import Seen, look
-from hotgraft.serve.vllm.leases import Lease, Skill
+from hotgraft.serve.vllm.leases import Lease, Skill, again
 from hotgraft.serve.vllm.resident import Ranks, Resident
 
 LOOK_EVERY = 2.0
@@ -47,7 +47,7 @@ class Skills(Mapping[str, Skill]):
         report: Callable[..., None],
     ) -> None:
         self.folder = folder
-        self.resident = Resident(ranks, scheduler, limit, report)
+        self.resident = Resident(ranks, scheduler, limit, report, folder)
         self._taken = taken
         self._report = report
         self._table: dict[str, Skill] = {}
@@ -144,7 +144,7 @@ class Skills(Mapping[str, Skill]):
                 skill, undo = await self._enlist(name, path, cast)
         except Exception as error:
             self.resident.refuse("load", name, error)
-            raise
+            raise again(error, self.folder) from error
         return await self._ready(skill, undo)
 
     async def _enlist(
@@ -227,7 +227,7 @@ class Skills(Mapping[str, Skill]):
                     raise
         except Exception as error:
             self.resident.refuse("compose", name, error)
-            raise
+            raise again(error, self.folder) from error
         try:
             return await self._ready(skill, undo)
         except Exception:  # it was reported
