@@ -45,10 +45,10 @@ OURS = {
 State = dict[str, torch.Tensor]
 
 
-def checkpoint(folder: Path, dtype: str = "bfloat16") -> State:
-    """Write the model into a folder; returns its tensors."""
+def checkpoint(folder: Path, dtype: str = "bfloat16", **sizes: int) -> State:
+    """Write the model, or one of other sizes, into a folder; returns its tensors."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(getattr(torch, dtype))
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 

@@ -5,13 +5,13 @@ Run in vLLM's environment, from any folder but the repository's root:
     python .../bench/serving/patch.py --out .../bench/serving/results/DATE-patch.jsonl
 
 Both change the same entries of the linear layers, in turns, and both are checked: after each, the
-weights must be those of the checkpoint that the patch was made from.
+weights must be those of the checkpoint that the patch was made from. From size to size the models
+grow tenfold, so that each has a patch of a hundred thousand entries.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,17 +28,36 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 )
 
 TOKENS = 32
+MODELS = {
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 11,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    },
+    "middle": {},
+    "large": {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+    },
+}
+"""How each differs from the lab's."""
 
 
 def main() -> None:
     """Measure, and append rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=MODELS, default="middle")
     parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        base = lab.checkpoint(folder / "base")
+        base = lab.checkpoint(folder / "base", **MODELS[given.model])
         llm = lab.Engine(
             folder / "base",
             dtype="bfloat16",
@@ -52,11 +71,6 @@ def main() -> None:
         "parameters": lab.parameters(base),
     }
     lab.append(given.out, [lab.environment(), *rows, decode])
-    for row in rows:
-        medians = {k: statistics.median(v) for k, v in row["samples_ms"].items()}
-        print(row["entries"], {k: f"{v:.3f} ms" for k, v in medians.items()})
-        print(f"  {medians['vllm'] / medians['switch']:.0f} times as fast")
-    print("a decode step:", f"{statistics.median(decode['samples_ms']):.1f} ms")
 
 
 def measure(llm: Any, base: lab.State, folder: Path, density: float, rounds: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Tables of traffic, for docs/vllm.md, from the rows:
+"""Tables for docs/vllm.md, from the rows:
 
-python bench/serving/tables.py bench/serving/results/DATE-traffic.jsonl  # or DATE-overhead.jsonl
+python bench/serving/tables.py bench/serving/results/DATE-patch.jsonl  # -overhead, -traffic
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from statistics import median
 from typing import Any
 
 Rows = list[dict[str, Any]]
+PATCHING = {"vllm": 0, "load": 0, "switch": 2}
+"""What was timed, and the digits of it that mean something."""
 VARIANTS = ("plain", "installed", "live", "idle", "loaded")
 
 
@@ -24,6 +26,19 @@ def main() -> None:
     for show, case in TABLES.items():
         if case in cases:
             print("\n".join(show(rows)), end="\n\n")
+
+
+def patches(rows: Rows) -> Iterable[str]:
+    """A patch: vLLM's own loader beside a switch."""
+    decode = {row["parameters"]: median(row["samples_ms"]) for row in of(rows, "decode")}
+    columns = ("vLLM's loader", "load", "switch", "times", "a decode step")
+    yield from head("parameters", "density", "entries", *columns)
+    for row in of(rows, "patch"):
+        size = row["parameters"]
+        times = {name: median(samples) for name, samples in row["samples_ms"].items()}
+        cells = [f"{times[name]:.{digits}f} ms" for name, digits in PATCHING.items()]
+        cells += [f"{times['vllm'] / times['switch']:.0f}", f"{decode[size]:.0f} ms"]
+        yield line(f"{size / 1e6:.0f} M", row["density"], f"{row['entries']:,}", *cells)
 
 
 def linears(rows: Rows) -> Iterable[str]:
@@ -96,6 +111,7 @@ def waits(rows: Rows) -> Iterable[str]:
 
 
 TABLES = {
+    patches: "patch",
     linears: "linears",
     base: "base traffic",
     shuffled: "shuffled",

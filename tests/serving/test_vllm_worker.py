@@ -15,7 +15,8 @@ import checkpoints
 import hotgraft
 import pytest
 import torch
-from hotgraft.errors import FormatError, SkillInUseError
+from hotgraft.errors import FormatError, LayoutError, SkillInUseError
+from hotgraft.placement import Order
 from hotgraft.serve.vllm.worker import connect, rank_of
 from safetensors.torch import load_file, save_file
 
@@ -165,6 +166,66 @@ def test_vllm_takes_grafts_as_weight_updates(llm: Any, folder: Path) -> None:
     assert answers(llm) == whole
     ranks.deactivate()
     ranks.unload("tuned")
+
+
+@pytest.fixture(scope="module")
+def packing(folder: Path) -> Iterator[Any]:
+    """An engine in this process whose worker packs, of a model with a head of another data type."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        found = engine(
+            folder / "llama",
+            worker_cls="hotgraft.serve.vllm.worker.SkillWorker",
+            weight_transfer_config={"backend": "hotgraft"},
+            hf_overrides={"head_dtype": "float32"},
+        )
+    yield found
+    found.llm_engine.engine_core.shutdown()
+
+
+def model_of(llm: Any) -> Any:
+    return llm.apply_model(lambda model: model)[0]
+
+
+def test_a_head_of_another_type_is_not_packed(packing: Any, folder: Path) -> None:
+    model = model_of(packing)
+    packed = {name for name, tensor in model.named_parameters() if Order.of(tensor) is not None}
+    assert "model.layers.0.mlp.down_proj.weight" in packed
+    assert "lm_head.weight" not in packed
+    hidden = torch.randn(3, 128).bfloat16()
+    ranks = connect(packing)
+    ranks.load("tuned", folder / "tuned.graft.safetensors")
+    for skill, checkpoint in (((), "llama"), (("tuned",), "tuned")):
+        ranks.activate(*skill)
+        head = load_file(folder / checkpoint / "model.safetensors")["lm_head.weight"]
+        torch.testing.assert_close(model.compute_logits(hidden), hidden.float() @ head.float().T)
+    ranks.deactivate()
+    ranks.unload("tuned")
+
+
+def test_only_grafts_are_written_into_packed_weights(packing: Any, folder: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in model_of(packing).state_dict().items()}
+    said = answers(packing)
+
+    def update() -> None:
+        info = {"path": str(folder / "tuned.graft.safetensors"), "name": "tuned"}
+        packing.collective_rpc("start_weight_update")
+        packing.collective_rpc("update_weights", args=(info,))
+        packing.collective_rpc("finish_weight_update")
+
+    transfer = packing.llm_engine.vllm_config.weight_transfer_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "backend", "nccl")
+        with pytest.raises(LayoutError, match="are packed"):
+            update()
+    with pytest.raises(LayoutError, match="are packed"):
+        packing.collective_rpc("reload_weights")
+    now = model_of(packing).state_dict()
+    assert all(torch.equal(tensor, now[name]) for name, tensor in before.items())
+    assert answers(packing) == said
+    packing.collective_rpc("init_weight_transfer_engine", args=({},))
+    update()
+    assert answers(packing) != said
 
 
 class Toy(torch.nn.Linear):
