@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import factories
 import pytest
 import torch
 from hosts import contents, holds, single
-from hotgraft import Entries, Graft, Host, attach
+from hotgraft import Entries, Graft, Host, attach, pinned
 from hotgraft.errors import BackendError, GateError, HostChangedError
 from hotgraft.format import BLOCK
 from torch import nn
@@ -209,6 +210,20 @@ def test_a_skill_that_does_not_fit_the_memory_is_not_loaded(wide: tuple[Wide, Ho
     loaded = [name for name in host.skills if name.startswith("c")]
     assert len(loaded) < 10_000
     host.verify()
+
+
+def test_a_graft_in_pinned_memory_is_copied_from_there(backend: str, tmp_path: Path) -> None:
+    model = Wide().cuda()
+    base, (a, _) = contents(model), patches(model)
+    a.save(tmp_path / "a.graft.safetensors")
+    graft = Graft.load(tmp_path / "a.graft.safetensors", pin=True)
+    assert all(pinned.bytes_of(array) is not None for array in graft.groups["BF16"])
+    host = attach(model, backend=backend)
+    host.load(graft, name="a")
+    host.activate("a")
+    assert rows(model(x())) == {1.0}
+    host.detach(force=True)
+    assert holds(model, base)
 
 
 def test_positions_in_the_second_block_of_a_tensor(backend: str) -> None:

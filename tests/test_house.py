@@ -31,7 +31,7 @@ def shown(path: Path) -> str:
 # imports when it runs is free.
 LAYERS = [
     {"errors", "_native"},
-    {"format"},
+    {"format", "pinned"},
     {"files"},
     {"graft"},
     {"kernels"},

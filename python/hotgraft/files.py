@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import safetensors
 
+from hotgraft import pinned
 from hotgraft.errors import FormatError, GraftError
 from hotgraft.format import (
     DTYPES,
@@ -111,7 +112,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def read(
-    path: str | os.PathLike[str], *, verify_id: bool = True
+    path: str | os.PathLike[str], *, verify_id: bool = True, pin: bool = False
 ) -> tuple[tuple[Row, ...], dict[str, Group], Provenance, str]:
     """Read and check a graft file: its rows, arrays, provenance and id.
 
@@ -121,6 +122,7 @@ def read(
         path: the file.
         verify_id: hash the contents and compare with the id that the file states; False takes the
             stated one on trust. Everything else is checked either way.
+        pin: whether that memory is pinned.
 
     Raises:
         FormatError: naming the file and what is wrong with it.
@@ -146,7 +148,7 @@ def read(
             del data
             rows, provenance = parse_metadata(metadata)
             kinds = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in tensors.items()}
-            groups = _in_one_buffer(parse_groups(kinds, lambda name: tensors[name]["data"]))
+            groups = _in_one_buffer(parse_groups(kinds, lambda name: tensors[name]["data"]), pin)
             validate(rows, groups)
             check_eligible(provenance.eligible, rows)
             stated = metadata.get("id")
@@ -288,13 +290,13 @@ def parse_groups(
     return groups
 
 
-def _in_one_buffer(groups: Mapping[str, Group]) -> dict[str, Group]:
+def _in_one_buffer(groups: Mapping[str, Group], pin: bool) -> dict[str, Group]:
     """The same arrays in one read-only buffer, each at a multiple of 16 bytes.
 
-    One allocation a graft wastes less than one an array, and can be uploaded in one copy.
+    One allocation a graft wastes less than one an array.
     """
     room = sum(-(-array.nbytes // 16) * 16 for group in groups.values() for array in group)
-    buffer = np.empty(room + 16, np.uint8)
+    buffer = pinned.empty(room + 16) if pin else np.empty(room + 16, np.uint8)
     at = -buffer.ctypes.data % 16
     packed = {}
     for name, group in groups.items():

@@ -272,19 +272,23 @@ class Graft:
         return from_mask(base, finetuned, mask)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, verify_id: bool = True) -> Graft:
+    def load(
+        cls, path: str | os.PathLike[str], *, verify_id: bool = True, pin: bool = False
+    ) -> Graft:
         """Read a graft file into private memory and check all of it, its id included.
 
         Args:
             path: the file.
             verify_id: False takes the id that the file states on trust, which saves hashing it: for
                 files of one's own, where a millisecond matters.
+            pin: read it into memory that a GPU copies from directly, as far as the system has any
+                left; without a GPU that is memory like any other.
 
         Raises:
             FormatError: not a valid graft file; the message says what is wrong.
             OSError: it cannot be read.
         """
-        rows, groups, provenance, graft_id = files.read(path, verify_id=verify_id)
+        rows, groups, provenance, graft_id = files.read(path, verify_id=verify_id, pin=pin)
         return cls(rows, groups, provenance, known_id=graft_id, checked=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:

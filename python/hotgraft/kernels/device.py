@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hotgraft import pinned
 from hotgraft.errors import BackendError, DeviceMemoryError
 from hotgraft.format import Bits, DType, Group, Positions
 from hotgraft.kernels import (
@@ -230,27 +231,42 @@ class DeviceBackend(abc.ABC):
             return values.cpu().numpy().view(bits)
 
     def _upload(self, arrays: Sequence[npt.NDArray[np.generic]]) -> list[Device]:
-        """The arrays' bytes, each at a multiple of ALIGNMENT, in one buffer."""
-        firsts, room = [], 0
-        for array in arrays:
-            firsts.append(room)
-            room += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        """The arrays' bytes, each at a multiple of ALIGNMENT, in one buffer.
+
+        What lies in pinned memory is copied from there; all else in one copy, by way of a pinned
+        buffer.
+        """
+        kept = [pinned.bytes_of(array) for array in arrays]
+        firsts, room, staging = [0] * len(arrays), 0, 0
+        for i in sorted(range(len(arrays)), key=lambda i: kept[i] is not None):
+            firsts[i] = room
+            room += -(-arrays[i].nbytes // ALIGNMENT) * ALIGNMENT
+            staging = room if kept[i] is None else staging
         on_gpu = self.device.type == "cuda"
         with self._room(f"{room:,} bytes"):
-            staged = torch.empty(room + ALIGNMENT, dtype=torch.uint8, pin_memory=on_gpu)
-            skew = -staged.data_ptr() % ALIGNMENT
-            staged = staged[skew : skew + room]
+            there = staged = self._aligned(staging if on_gpu else room, pin=on_gpu)
             host = staged.numpy()
-            for first, array in zip(firsts, arrays, strict=True):
-                flat = np.ascontiguousarray(array).view(np.uint8).ravel()
-                host[first : first + array.nbytes] = flat
-            if on_gpu:
-                with self._current():
-                    staged = staged.to(self.device, non_blocking=True)
+            for first, array, source in zip(firsts, arrays, kept, strict=True):
+                if source is None:
+                    flat = np.ascontiguousarray(array).view(np.uint8).ravel()
+                    host[first : first + array.nbytes] = flat
+            with self._current():
+                if on_gpu:
+                    there = torch.empty(room, dtype=torch.uint8, device=self.device)
+                    there[:staging].copy_(staged, non_blocking=True)
+                for first, source in zip(firsts, kept, strict=True):
+                    if source is not None:
+                        there[first : first + len(source)].copy_(source, non_blocking=True)
         return [
-            staged[first : first + array.nbytes]
-            for first, array in zip(firsts, arrays, strict=True)
+            there[first : first + array.nbytes] for first, array in zip(firsts, arrays, strict=True)
         ]
+
+    @staticmethod
+    def _aligned(nbytes: int, *, pin: bool) -> torch.Tensor:
+        """Host memory that begins at a multiple of ALIGNMENT."""
+        found = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
+        skew = -found.data_ptr() % ALIGNMENT
+        return found[skew : skew + nbytes]
 
     @contextlib.contextmanager
     def _room(self, what: str) -> Iterator[None]:

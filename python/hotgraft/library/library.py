@@ -68,8 +68,9 @@ class Library:
         loaded: bytes that the loaded skills may take, on the device and in host memory together:
             on a CPU 8 an entry in bf16 and 12 in fp32, on a GPU twice that, and 256 a tensor.
         memory: bytes of grafts that are kept in host memory when they are unloaded, so that they
-            need not be read again: for models on a GPU. (What is loaded into a model on the CPU is
-            in host memory already.)
+            need not be read again: for models on a GPU. Grafts are read into pinned memory then,
+            from which it copies by itself. (What is loaded into a model on the CPU is in host
+            memory already.)
         workers: threads that read and load: so many files are read at once, in the order in which
             they were asked for.
         names, cast, partial, allow_nonfinite, verify_id: as in `host.load`.
@@ -109,7 +110,7 @@ class Library:
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise DataError(f"{what} {number!r}: wanted a whole number of at least {least}")
         self.host = host
-        self._verify_id = verify_id
+        self._reading = {"verify_id": verify_id, "pin": memory > 0}
         self._lock = threading.RLock()
         self._volumes: dict[str, Volume] = {}
         load = functools.partial(
@@ -412,7 +413,7 @@ class Library:
         try:
             if graft is None:
                 assert path is not None
-                graft = Graft.load(path, verify_id=self._verify_id)
+                graft = Graft.load(path, **self._reading)
             self._shelf.load(volume, graft)
         except BaseException as error:
             graft = None
