@@ -70,15 +70,17 @@ def test_other_files_are_told_of_once(place: Place, caplog: pytest.LogCaptureFix
     place.path("e").write_text("no graft")
     (place.folder / "notes.txt").write_text("not looked at")
     place.path(".hidden").write_text("being written")
+    place.path("loop").symlink_to(place.path("loop"))
     with caplog.at_level(logging.WARNING, "hotgraft.library"), Library(place.host) as library:
         for _ in range(3):
             found = library.scan(place.folder)
-            assert list(found.failed) == ["e"]
+            assert list(found.failed) == ["e", "loop"]
             assert isinstance(found.failed["e"], FormatError)
-        assert len(caplog.records) == 1
+            assert isinstance(found.failed["loop"], OSError)
+        assert len(caplog.records) == 2
         place.path("e").write_text("still no graft")
         library.scan(place.folder)
-        assert len(caplog.records) == 2
+        assert len(caplog.records) == 3
         place.grafts["a"].save(place.path("e"))
         assert library.scan(place.folder).added == ("e",)
         other = place.folder / "other"

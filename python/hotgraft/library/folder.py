@@ -142,4 +142,9 @@ def signature_of(path: str | os.PathLike[str]) -> Signature:
 
 def is_skill(entry: os.DirEntry[str]) -> bool:
     """Whether it is called and kept like a graft's file."""
-    return entry.name.endswith(ENDING) and not entry.name.startswith(".") and entry.is_file()
+    if not entry.name.endswith(ENDING) or entry.name.startswith("."):
+        return False
+    try:
+        return entry.is_file()
+    except OSError:  # such as a link to itself; who reads it is told why
+        return True

@@ -16,7 +16,7 @@ class Seen(NamedTuple):
     """A file that is not as it was known."""
 
     signature: Signature | None = None
-    """None if it cannot be asked for, or is gone."""
+    """None if it cannot be read, or is gone."""
     digest: str | None = None
     """What its header states; None if it is gone, or there is an `error`."""
     error: Exception | None = None
@@ -26,8 +26,8 @@ class Seen(NamedTuple):
 def look(folder: Path, known: Mapping[str, Signature | tuple[()]]) -> dict[str, Seen]:
     """What is new in a folder, or was replaced, or is gone; only headers are read, and only those.
 
-    For a thread: the folder may be large, or far away. A file that cannot be asked for just now,
-    and was known before, is taken to be as it was.
+    For a thread: the folder may be large, or far away. A file that cannot be read just now, and was
+    known before, is taken to be as it was; what cannot be read is tried again at each look.
 
     Args:
         folder: what is directly in it counts.
@@ -43,21 +43,20 @@ def look(folder: Path, known: Mapping[str, Signature | tuple[()]]) -> dict[str, 
     for path in sorted(paths | known.keys()):
         try:
             signature = signature_of(path)
-        except FileNotFoundError:
+            if known.get(path) != signature:
+                found[path] = _read(path, signature)
+        except (FileNotFoundError, IsADirectoryError):
             if path in known:
                 found[path] = Seen()
         except OSError as error:
             if path not in known:
                 found[path] = Seen(error=error)
-        else:
-            if known.get(path) != signature:
-                found[path] = _read(path, signature)
     return found
 
 
 def _read(path: str, signature: Signature) -> Seen:
     try:
         volume = described(Path(path))
-    except (HotgraftError, OSError) as error:
+    except HotgraftError as error:
         return Seen(signature, error=error)
     return Seen(volume.signature, volume.id)
