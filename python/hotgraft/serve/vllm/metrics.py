@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -52,7 +53,9 @@ class Events:
         """Note an event, with what there is to say of it."""
         self.counts[event, about.get("kind", "")] += 1
         line = {"time": round(self._clock(), 3), "logger": "hotgraft", "event": event, **about}
-        print(json.dumps(line), file=self._stream or sys.stderr, flush=True)
+        # What has happened has, also where a disk is full or nobody reads on: nothing is undone.
+        with contextlib.suppress(OSError, ValueError):
+            print(json.dumps(line), file=self._stream or sys.stderr, flush=True)
 
 
 class Metrics:
