@@ -387,6 +387,19 @@ def test_what_ranks_were_left_with_is_taken_back_by_the_next_load(toy, when):
     asyncio.run(run())
 
 
+def test_a_file_that_was_empty_when_it_was_asked_for(toy, monkeypatch):
+    """And is written when ranks read it: what is loaded must be known here."""
+    plain = resident.signature_of
+    monkeypatch.setattr(resident, "signature_of", lambda path: (0, *plain(path)[1:]))
+
+    async def run():
+        for name in "ab":
+            assert await toy.use(name) == digest(name)
+            assert toy.consistent()
+
+    asyncio.run(run())
+
+
 def test_unloading_one_that_is_waited_for(toy):
     async def run():
         toy.go.clear()
