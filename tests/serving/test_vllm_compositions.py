@@ -9,6 +9,7 @@ pytest.importorskip("prometheus_client")
 
 import torch
 from hotgraft.errors import (
+    BaseMismatchError,
     FormatError,
     GraftError,
     HotgraftError,
@@ -149,5 +150,23 @@ def test_of_two_at_once_one_wins(toy):
         assert sum(not isinstance(one, Exception) for one in found) == 1
         assert toy.skills["both"].path.exists()
         assert toy.consistent()
+
+    asyncio.run(run())
+
+
+def test_a_composition_of_skills_that_are_cast_is_cast(toy):
+    plain = toy.load
+
+    async def run():
+        toy.load = lambda name, path, *, cast=False: plain(name, path) if cast else odd()
+        with pytest.raises(BaseMismatchError):
+            await toy.use("sql")
+        await toy.skills.load("sql", toy.skills.find("sql"), cast=True)
+        await toy.skills.compose("both", ["sql", "c"])
+        assert toy.skills["both"].cast
+        assert toy.consistent()
+
+    def odd():
+        raise BaseMismatchError("cast=True rounds it")
 
     asyncio.run(run())

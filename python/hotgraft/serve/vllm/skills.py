@@ -221,7 +221,8 @@ class Skills(Mapping[str, Skill]):
                 self._require_free(name, path)
                 await asyncio.to_thread(write_composition, path, named, policy, weights)
                 try:  # nobody else knows the file yet
-                    skill, undo = await self._enlist(name, path)
+                    cast = any(part.cast for part in named.values())
+                    skill, undo = await self._enlist(name, path, cast)
                 except BaseException:
                     path.unlink(missing_ok=True)
                     raise
