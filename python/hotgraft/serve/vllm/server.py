@@ -9,6 +9,7 @@ import signal
 import time
 from argparse import Namespace
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +217,20 @@ class Engine:
         self._loop = asyncio.get_running_loop()
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
-        """Call a method of all workers, from another thread than the event loop's."""
+        """Call a method of all workers, from another thread than the event loop's.
+
+        Raises:
+            HotgraftError: the event loop has ended, and with it the server.
+        """
         if args and args[0] == "prepared":
             time.sleep(POLL)
         calling = self._answered(self._client.collective_rpc(method, args=args))
-        return asyncio.run_coroutine_threadsafe(calling, self._loop).result()
+        call = asyncio.run_coroutine_threadsafe(calling, self._loop)
+        # One that comes while the loop is ending is never answered, and Python's end waits for us.
+        while not wait([call], LOOK).done:
+            if self._loop.is_closed():
+                raise HotgraftError("the server has ended")
+        return call.result()
 
     async def scheduler(self, method: str, *args: Any) -> Any:
         """Call a method of `hotgraft.serve.vllm.core`.
