@@ -53,6 +53,8 @@ def test_a_link_to_itself_keeps_no_other_file_out(toy):
         for _ in range(2):
             await toy.skills.scan()
             assert set(toy.skills) == {"sql"}
+        with pytest.raises(FileNotFoundError, match="no file 'link"):
+            toy.skills.find("link")
 
     asyncio.run(run())
     assert [line["skill"] for line in toy.events("refusal")] == ["link"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,7 +119,7 @@ class Skills(Mapping[str, Skill]):
                 f"{file!r} is outside of the folder of skills; give the path in the folder"
             )
         path = self.folder / file
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
             raise HotgraftError(f"{path.name!r} is outside of the folder of skills")
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path.name!r} in the folder of skills")
