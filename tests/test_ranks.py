@@ -346,6 +346,15 @@ def test_an_unload_that_failed_on_one_rank_can_be_repeated(server: Server, tmp_p
     assert not any(rank.host.skills for rank in server.inner)
 
 
+def test_no_rank_forgets_what_another_cannot(server: Server, tmp_path: Path) -> None:
+    server.ranks.load("up", skill(server, tmp_path, "up", 1.0))
+    server.inner[1].activate(("up",), "refuse", None)
+    with pytest.raises(SkillInUseError, match="rank 1: 'up' is live"):
+        server.ranks.unload("up")
+    assert all(set(rank.host.skills) == {"up"} for rank in server.inner)
+    server.ranks.deactivate()
+
+
 def test_a_rank_by_itself(server: Server, tmp_path: Path) -> None:
     rank = server.inner[0]
     path = skill(server, tmp_path, "up", 1.0)

@@ -159,15 +159,23 @@ class Rank:
             raise UnknownSkillError(f"no loading of {name!r} was begun")
         return coming
 
+    def release(self, name: str) -> None:
+        """Do all of `unload` that may fail, and forget nothing. Raises as `unload`."""
+        if name in self._coming:
+            raise SkillInUseError(f"{name!r} is being loaded")
+        if self.host.in_use(name):
+            raise SkillInUseError(f"{name!r} is live; activate another one first")
+        if name not in self.host.skills:
+            raise UnknownSkillError(f"there is no skill {name!r} to unload")
+
     def unload(self, name: str) -> None:
         """Forget a skill.
 
         Raises:
-            SkillInUseError: it is live.
+            SkillInUseError: it is live, or just being loaded.
             UnknownSkillError: there is none of that name.
         """
-        if name in self._coming:
-            raise SkillInUseError(f"{name!r} is being loaded")
+        self.release(name)
         self.host.unload(name)
         self._kept.pop(name, None)
 

@@ -133,9 +133,10 @@ class Ranks:
             UnknownSkillError: there is none of that name.
         """
         self._require(name)
-        # A rank that lacks it has done its part, perhaps when another one failed before.
-        results = self._all("unload", name)
-        _raise([result for result in results if not isinstance(result, UnknownSkillError)])
+        for step in ("release", "unload"):  # no rank forgets it before all can
+            results = self._all(step, name)
+            # A rank that lacks it has done its part, perhaps when another one failed before.
+            _raise([result for result in results if not isinstance(result, UnknownSkillError)])
         del self._skills[name]
 
     def activate(

@@ -24,7 +24,7 @@ class ServedWorker(SkillWorker):
         A skill stays in the weights after its last request, until a step is for another one; to be
         unloaded it is taken out here.
         """
-        if method == "unload" and self.hotgraft_live is not None and args[0] == self.hotgraft_live:
+        if method == "release" and self.hotgraft_live is not None and args[0] == self.hotgraft_live:
             try:
                 self.hotgraft_switch(None)
             except Exception as error:

@@ -33,7 +33,9 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker
 
-METHODS = ("begin", "prepared", "keep", "withdraw", "unload", "prepare", "activate", "verify")
+METHODS = (
+    "begin", "prepared", "keep", "withdraw", "release", "unload", "prepare", "activate", "verify",
+)  # fmt: skip
 """Of `Rank`: what may be called."""
 
 keep_weights_live()  # this module is imported before the model is loaded
