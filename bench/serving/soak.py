@@ -66,7 +66,7 @@ TURNS: dict[str, Any] = {
     "additional_config": {"hotgraft": {"quantum": 1}},
 }
 WEIGHTS = "model.safetensors"
-EARLY = 10
+EARLY = 2
 """Memory is looked at after one switch in so many, and at the end."""
 GROWTH = 16
 """MiB by which it may grow, the clients' own books included."""
