@@ -7,7 +7,7 @@ Run in vLLM's environment, from any folder but the repository's root:
 | variant | |
 |---|---|
 | plain | vLLM, and no plugin is loaded; in a process of its own |
-| installed | the same with hotgraft's plugin, as wherever it is installed |
+| installed | the same with hotgraft's plugin, as wherever it is installed; in one of its own, too |
 | live | plain vLLM whose weights are live, packed as hotgraft's worker packs them on a CPU |
 | idle | hotgraft's scheduler and worker, no skill is loaded |
 | loaded | the same with eight skills loaded |
@@ -109,21 +109,13 @@ def start(folder: Path, dtype: str) -> dict[str, Variant]:
     from hotgraft.serve.vllm.live import keep_weights_live, pack, packed_layers
     from vllm.model_executor.layers import utils
 
-    spawn = multiprocessing.get_context("spawn")
     os.environ["VLLM_PLUGINS"] = ""
-    ours, theirs = spawn.Pipe()
-    spawn.Process(target=_plain, args=(folder, dtype, theirs), daemon=True).start()
+    plain = apart(folder, dtype, plugin=False)
     del os.environ["VLLM_PLUGINS"]
-    assert ours.recv() == "ready"
-
-    def there(*command: Any) -> Any:
-        ours.send(command)
-        return ours.recv()
-
+    installed = apart(folder, dtype, plugin=True)
     dispatch = utils.dispatch_cpu_unquantized_gemm
-    engines = {"installed": lab.Engine(folder / "base", dtype=dtype)}
-    assert packed_layers(engines["installed"].worker.get_model())
     keep_weights_live()
+    engines = {}
     for name, options in (("live", LIVE), ("idle", lab.OURS), ("loaded", lab.OURS)):
         engines[name] = lab.Engine(folder / "base", dtype=dtype, **options)
     utils.dispatch_cpu_unquantized_gemm = dispatch  # for the next data type
@@ -131,10 +123,8 @@ def start(folder: Path, dtype: str) -> dict[str, Variant]:
     for name in ("live", "idle", "loaded"):
         assert not packed_layers(engines[name].worker.get_model())
     lab.load(engines["loaded"], folder)
-    return {
-        "plain": (functools.partial(there, "ask"), functools.partial(there, "step")),
-        **{name: variant(engine) for name, engine in engines.items()},
-    }
+    ours = {name: variant(engine) for name, engine in engines.items()}
+    return {"plain": plain, "installed": installed, **ours}
 
 
 def variant(engine: lab.Engine) -> Variant:
@@ -154,11 +144,26 @@ def variant(engine: lab.Engine) -> Variant:
     return ask, step
 
 
-def _plain(folder: Path, dtype: str, pipe: Connection) -> None:
+def apart(folder: Path, dtype: str, *, plugin: bool) -> Variant:
+    """vLLM's own engine in a process of its own, with its plugins as the environment has them."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    args = (folder, dtype, plugin, theirs)
+    spawn.Process(target=_serve, args=args, daemon=True).start()
+    assert ours.recv() == "ready"
+
+    def call(*command: Any) -> Any:
+        ours.send(command)
+        return ours.recv()
+
+    return functools.partial(call, "ask"), functools.partial(call, "step")
+
+
+def _serve(folder: Path, dtype: str, plugin: bool, pipe: Connection) -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory as Factory
 
     ask, step = variant(lab.Engine(folder / "base", dtype=dtype))
-    assert "hotgraft" not in Factory._registry
+    assert ("hotgraft" in Factory._registry) is plugin
     pipe.send("ready")
     with contextlib.suppress(EOFError):  # until the other end is closed
         while True:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
@@ -30,6 +31,8 @@ from hotgraft.serve.vllm.skills import Skills
 
 KEY_HEADER = "x-hotgraft-admin-key"
 """The request header with the admin key."""
+READER = ThreadPoolExecutor(1, "hotgraft-inspect")
+"""For looking into files, which reads all of one: a thread of its own, so that no load waits."""
 
 
 class RefusedError(HotgraftError):
@@ -121,7 +124,8 @@ def router(skills: Skills, keys: Keys, report: Callable[..., None]) -> APIRouter
         """One skill, with what its file says."""
         try:
             skill = skills.known(name)
-            return JSONResponse(_card(skills, skill) | await asyncio.to_thread(_described, skill))
+            described = asyncio.get_running_loop().run_in_executor(READER, _described, skill)
+            return JSONResponse(_card(skills, skill) | await described)
         except (HotgraftError, OSError) as error:
             return failure(error)
 
