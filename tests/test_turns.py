@@ -147,13 +147,28 @@ def test_a_late_skill_cuts_a_turn_short():
     assert turns.ran("french", 13.5) == 12.5
 
 
-def test_a_newcomer_has_the_next_step_after_a_long_turn_alone():
-    turns = Turns(Rules(quantum=2))
+def test_steps_that_nobody_waited_for_are_no_part_of_a_turn():
+    turns = Turns(Rules(quantum=3))
     turns.join("sql", 0.0)
-    for now in range(5):
+    for now in range(9):
         turns.ran("sql", float(now))
-    turns.join("french", 4.5)
-    assert turns.choose({"sql", "french"}, 4.6) == "french"
+    turns.join("french", 8.5)
+    assert steps(turns, {"sql", "french"}, 8.6, 6) == [
+        "sql", "sql", "french", "french", "french", "sql",
+    ]  # fmt: skip
+    turns.leave("french")
+    assert steps(turns, {"sql"}, 8.8, 5) == ["sql"] * 5
+    turns.join("french", 8.9)
+    assert steps(turns, {"sql", "french"}, 8.9, 3) == ["sql", "sql", "french"]
+
+
+def steps(turns, ready, now, count):
+    """The skills of so many steps, all at one time."""
+    found = []
+    for _ in range(count):
+        found.append(turns.choose(ready, now))
+        turns.ran(found[-1], now)
+    return found
 
 
 def test_the_urgent_go_first_while_nobody_is_late():

@@ -153,7 +153,9 @@ class Turns:
         since = self._line.pop(skill, now)
         self._line[skill] = now
         if skill == self._live and self._used:
-            self._used += 1
+            # Steps that nobody waited for are no part of a turn: where one skill's last requests
+            # meet the next one's first, the others would give way to these few.
+            self._used = self._used + 1 if len(self._line) > 1 else 1
             return None
         self._live = skill
         self._used = 1
