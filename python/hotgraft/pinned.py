@@ -18,12 +18,12 @@ def empty(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def bytes_of(array: npt.NDArray[Any]) -> torch.Tensor | None:
-    """The bytes of a contiguous array if they lie in memory that `empty` pinned, otherwise None.
+    """The bytes of an array if they lie together in memory that `empty` pinned, otherwise None.
 
     torch knows this tensor as its own: it gives the memory to nobody else before what was enqueued
     with it is done.
     """
-    owner: Any = array
+    owner: Any = array if array.flags.c_contiguous else None
     while owner is not None and not isinstance(owner, torch.Tensor):
         owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
     if owner is None or not owner.is_pinned():
