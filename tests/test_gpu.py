@@ -212,14 +212,22 @@ def test_a_skill_that_does_not_fit_the_memory_is_not_loaded(wide: tuple[Wide, Ho
     host.verify()
 
 
-def test_a_graft_in_pinned_memory_is_copied_from_there(backend: str, tmp_path: Path) -> None:
+def test_a_graft_in_pinned_memory_is_copied_from_there(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Wide().cuda()
     base, (a, _) = contents(model), patches(model)
     a.save(tmp_path / "a.graft.safetensors")
     graft = Graft.load(tmp_path / "a.graft.safetensors", pin=True)
     assert all(pinned.bytes_of(array) is not None for array in graft.groups["BF16"])
+    copied: list[bool] = []
+    find = pinned.bytes_of
+    monkeypatch.setattr(
+        pinned, "bytes_of", lambda array: copied.append((found := find(array)) is not None) or found
+    )
     host = attach(model, backend=backend)
     host.load(graft, name="a")
+    assert sum(copied) == 3
     host.activate("a")
     assert rows(model(x())) == {1.0}
     host.detach(force=True)

@@ -54,6 +54,8 @@ def test_pinned_arrays_and_others_are_uploaded_in_one_buffer() -> None:
     parts = [part(2, 5, pin=True), part(4, 3, pin=False), part(8, 7, pin=True)]
     assert [pinned.bytes_of(each.new) is not None for each in parts] == [True, False, True]
     assert pinned.bytes_of(parts[0].new[::2]) is None
+    others = torch.empty(8, dtype=torch.int32, pin_memory=True)
+    assert pinned.bytes_of(others.numpy()) is None
     storages = set()
     for given, (table, new, old) in zip(parts, device.prepare(parts), strict=True):
         for tensor in (table.segments, table.tiles, table.positions, new, old):

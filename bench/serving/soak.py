@@ -68,7 +68,7 @@ TURNS: dict[str, Any] = {
 WEIGHTS = "model.safetensors"
 EARLY = 2
 """Memory is looked at after one switch in so many, and at the end."""
-GROWTH = 16
+GROWTH = 8
 """MiB by which it may grow, the clients' own books included."""
 
 

@@ -122,7 +122,7 @@ def read(
         path: the file.
         verify_id: hash the contents and compare with the id that the file states; False takes the
             stated one on trust. Everything else is checked either way.
-        pin: whether that memory is pinned.
+        pin: whether that memory is pinned, as far as the system gives any.
 
     Raises:
         FormatError: naming the file and what is wrong with it.

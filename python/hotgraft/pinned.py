@@ -26,7 +26,7 @@ def bytes_of(array: npt.NDArray[Any]) -> torch.Tensor | None:
     owner: Any = array if array.flags.c_contiguous else None
     while owner is not None and not isinstance(owner, torch.Tensor):
         owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    if owner is None or not owner.is_pinned():
+    if owner is None or (owner.dtype, owner.ndim) != (torch.uint8, 1) or not owner.is_pinned():
         return None
     first = array.ctypes.data - owner.data_ptr()
     return owner[first : first + array.nbytes]

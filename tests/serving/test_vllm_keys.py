@@ -52,3 +52,5 @@ def test_a_call_that_the_end_of_a_server_leaves_unanswered_ends_too(monkeypatch)
     loop.close()
     calling.join(10)
     assert found == ["the server has ended"]
+    with pytest.raises(HotgraftError, match="has ended"):  # and what comes later
+        engine.collective_rpc("hotgraft", ("withdraw", ("sql", "token")))

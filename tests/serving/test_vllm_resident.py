@@ -390,12 +390,18 @@ def test_what_ranks_were_left_with_is_taken_back_by_the_next_load(toy, when):
 def test_a_file_that_was_empty_when_it_was_asked_for(toy, monkeypatch):
     """And is written when ranks read it: what is loaded must be known here."""
     plain = resident.signature_of
-    monkeypatch.setattr(resident, "signature_of", lambda path: (0, *plain(path)[1:]))
+
+    def signature(path):
+        size, *rest = plain(path)
+        return (0 if path.name[0] == "b" else size, *rest)
+
+    monkeypatch.setattr(resident, "signature_of", signature)
 
     async def run():
-        for name in "ab":
+        for name in "abc":
             assert await toy.use(name) == digest(name)
             assert toy.consistent()
+        assert set(toy.loaded) == {"a", "b", "c"}  # "b" says nothing of what others take
 
     asyncio.run(run())
 

@@ -173,7 +173,7 @@ class DeviceBackend(abc.ABC):
     # ---- memory ----------------------------------------------------------------------------------
 
     def prepare(self, parts: Sequence[Part]) -> list[Loaded]:
-        """Upload tables and values: one pinned buffer, one copy."""
+        """Upload tables and values into one buffer."""
         arrays: list[npt.NDArray[np.generic]] = []
         for part in parts:
             self._check_part(part)

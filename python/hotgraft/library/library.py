@@ -69,8 +69,8 @@ class Library:
             on a CPU 8 an entry in bf16 and 12 in fp32, on a GPU twice that, and 256 a tensor.
         memory: bytes of grafts that are kept in host memory when they are unloaded, so that they
             need not be read again: for models on a GPU. Grafts are read into pinned memory then,
-            from which it copies by itself. (What is loaded into a model on the CPU is in host
-            memory already.)
+            from which it copies by itself; torch gives that in powers of two, which are not
+            counted. (What is loaded into a model on the CPU is in host memory already.)
         workers: threads that read and load: so many files are read at once, in the order in which
             they were asked for.
         names, cast, partial, allow_nonfinite, verify_id: as in `host.load`.

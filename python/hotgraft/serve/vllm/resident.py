@@ -266,7 +266,8 @@ class Resident:
         skill.stale, skill.failure = False, None
         skill.digest, skill.entries, skill.nbytes = loaded.id, loaded.nnz, loaded.nbytes
         skill.signature, skill.took = found, (found, loaded.nbytes)
-        self._factor = loaded.nbytes / max(found[0], 1)  # a file may have been empty when asked for
+        if found[0]:  # a file may have been empty when it was asked for
+            self._factor = loaded.nbytes / found[0]
         self.budget.put(skill, skill.nbytes)
         self._report(
             "load",

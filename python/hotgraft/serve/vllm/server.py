@@ -224,6 +224,8 @@ class Engine:
         """
         if args and args[0] == "prepared":
             time.sleep(POLL)
+        if self._loop.is_closed():
+            raise HotgraftError("the server has ended")
         calling = self._answered(self._client.collective_rpc(method, args=args))
         call = asyncio.run_coroutine_threadsafe(calling, self._loop)
         # One that comes while the loop is ending is never answered, and Python's end waits for us.
