@@ -11,7 +11,7 @@ from hotgraft.search import Learned, Step
 from hotgraft.tasks import Readout, Split, accuracy
 
 SCOPE = "encoder"
-DENSITIES = (1e-3, 2e-3, 5e-3, 1e-2)
+DENSITIES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 """Tried one after another."""
 KEPT = 0.95
 """The part of the gain in accuracy at which it is enough."""

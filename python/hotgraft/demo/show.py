@@ -50,7 +50,7 @@ def _sizes(output: Output, found: dict[str, Any]) -> None:
         rows.append(
             [
                 f"graft {name!r}",
-                f"{number(skill['entries'])} entries, {100 * skill['density']:.3g} % of the "
+                f"{number(skill['entries'])} entries, {100 * skill['density']:.2g} % of the "
                 f"{skill['scope']}",
                 size(skill["bytes"]),
                 f"1/{whole / skill['bytes']:.0f}",

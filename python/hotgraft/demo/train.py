@@ -16,6 +16,7 @@ BATCH = 16
 LEARNING_RATE = 5e-2
 MOMENTUM = 0.9
 CLIP = 1.0
+L1 = 1e-3
 
 
 def finetune(
@@ -30,9 +31,10 @@ def finetune(
 ) -> None:
     """Fine-tune `model` in place on a task's texts, and leave it in evaluation mode.
 
-    SGD with momentum on the tensors named `encoder.*` moves few weights far, which is what lets a
-    small graft carry the skill; AdamW moves all of them a little. Embeddings, pooler and read-out
-    stay as they are. fp32, constant learning rate, gradient norm clipped, no dropout.
+    SGD with momentum on the tensors named `encoder.*`, pulled towards the base, moves few weights
+    far, which is what lets a small graft carry the skill; AdamW moves all of them a little.
+    Embeddings, pooler and read-out stay as they are. fp32, constant learning rate, gradient norm
+    clipped, no dropout.
 
     Args:
         model: the encoder, with the base weights.
@@ -56,7 +58,9 @@ def finetune(
             progress.update(bar, completed=step, description=text)
 
     model.eval()  # no dropout: tried, it gives no better grafts; so the order alone is random
-    optimizer = train.sgd(model, lr=LEARNING_RATE, momentum=MOMENTUM, clip=CLIP, scope=_in_encoder)
+    optimizer = train.sgd(
+        model, lr=LEARNING_RATE, l1=L1, momentum=MOMENTUM, clip=CLIP, scope=_in_encoder
+    )
     data = batches(lessons, seed)
     train.finetune(model, loss, data, optimizer, steps=steps, progress=show)
 
