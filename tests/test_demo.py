@@ -248,10 +248,12 @@ def test_the_real_demo_ends_within_a_minute(tmp_path: Path) -> None:
     assert found["parameters"] == 22_713_216
     for name in TASKS:
         accuracy = found["accuracy"]
-        assert accuracy[name][name] > accuracy["base"][name] + 0.05
+        gain = accuracy[f"finetuned on {name}"][name] - accuracy["base"][name]
+        assert gain > 0.2
         assert found["skills"]["model"]["bytes"] > 100 * found["skills"][name]["bytes"]
-        assert accuracy[name][name] > accuracy[f"finetuned on {name}"][name] - 0.03
-    assert [found["skills"][name]["entries"] for name in TASKS] == [53_233, 10_646]
+        # On 300 texts a part of the gain has a standard error of 0.1.
+        assert accuracy[name][name] > accuracy["base"][name] + 0.8 * gain
+    assert [found["skills"][name]["entries"] for name in TASKS] == [21_293, 2_129]
     switch = {way: times["switch"] for way, times in found["seconds"].items()}
     assert switch["hotgraft"] < switch["load a checkpoint"]
     assert (tmp_path / "hotgraft-demo" / "demo.png").is_file()
